@@ -1,0 +1,163 @@
+"""Loading a model and its tokenizer in the trial's process: transformers' own way, everything said explicitly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optkit.errors import OptkitError, UnavailableError, UsageError
+from optkit.sources import ModelSource, Sample, hub_offline_message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from optkit.context import TrialContext
+    from optkit.settings import Settings
+
+SHRUNK_LAYERS = 2
+
+
+def load_model(source: ModelSource, trial: TrialContext) -> PreTrainedModel:
+    """The default answer to ``load_model``: eval mode, on the trial's device, no code of the model's own."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    settings = trial.settings
+    arguments = {
+        "dtype": trial.dtype or "auto",
+        "attn_implementation": settings["load.attention"],
+        "trust_remote_code": bool(settings["load.trust_remote_code"]),
+    }
+    config = load_config(source, settings)
+    if source.kind == "random":
+        return random_model(config, trial)
+    folder = Path(source.location)
+    if source.kind == "folder" and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise UsageError(f"'{folder}' holds no weights (*.safetensors); for random weights of its shape use random:{folder / 'config.json'}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            config=config,
+            device_map=settings["load.device_map"] or trial.device,
+            weights_only=True,
+            **arguments,
+        )
+    except (OSError, ValueError) as error:
+        raise _load_error(source, error) from error
+    torch.set_grad_enabled(False)
+    return model.eval()
+
+
+def random_model(config: Any, trial: TrialContext) -> PreTrainedModel:
+    """True shapes, random weights, created on the device in the dtype that was asked for."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(trial.seed)
+    dtype = trial.dtype or getattr(config, "dtype", None) or torch.float32
+    with torch.device(trial.device):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=trial.settings["load.attention"], trust_remote_code=False
+        )
+    model.generation_config.eos_token_id = getattr(config, "eos_token_id", None)
+    return model.eval()
+
+
+def load_config(source: ModelSource, settings: Settings) -> Any:
+    """The configuration, without what a model's file must not decide: code, kernels, the attention implementation."""
+    from transformers import AutoConfig
+
+    try:
+        if source.kind == "random":
+            raw = json.loads(Path(source.location).read_text())
+            raw.pop("auto_map", None)
+            config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+        else:
+            config = AutoConfig.from_pretrained(source.location, trust_remote_code=bool(settings["load.trust_remote_code"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise _load_error(source, error) from error
+    config._attn_implementation = settings["load.attention"]
+    if source.shrink:
+        shrink(config)
+    return config
+
+
+def shrink(config: Any) -> None:
+    """The same architecture with two layers."""
+    text = config.get_text_config(decoder=True)
+    text.num_hidden_layers = min(SHRUNK_LAYERS, text.num_hidden_layers)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The source's tokenizer; a byte-level one for random weights without tokenizer files."""
+    from transformers import AutoTokenizer
+
+    folder = Path(source.location).parent if source.kind == "random" else Path(source.location)
+    if source.kind != "hub" and not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        return byte_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(str(folder) if source.kind != "hub" else source.location, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _load_error(source, error) from error
+
+
+def byte_tokenizer() -> Any:
+    """256 tokens, one a byte: for shapes without a vocabulary of their own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def encode(samples: list[Sample], tokenizer: Any, *, eos: int | None, max_length: int, vocabulary: int, seed: int) -> None:
+    """Fill ``prompt_ids`` and ``answer_ids`` of each sample in place.
+
+    A text sample is scored from its second token on. Answers end with the end-of-text token. Samples are cut to ``max_length`` tokens:
+    prompts from the left, texts from the right. Ids that the model has no embedding for (a byte tokenizer over a tiny vocabulary) wrap.
+    """
+    for sample in samples:
+        if "random_tokens" in sample.extra:
+            sample.prompt_ids = random_ids(sample, vocabulary, seed)
+        elif sample.text is not None:
+            ids = tokenizer(sample.text).input_ids[:max_length]
+            sample.prompt_ids, sample.answer_ids = ids[:1], ids[1:]
+        else:
+            sample.prompt_ids = encode_prompt(sample, tokenizer)
+            if sample.answer is not None:
+                sample.answer_ids = tokenizer(sample.answer, add_special_tokens=False).input_ids + ([eos] if eos is not None else [])
+            room = max_length - len(sample.answer_ids)
+            if len(sample.prompt_ids) > room:
+                sample.prompt_ids = sample.prompt_ids[-max(room, 1) :]
+        if not sample.prompt_ids:
+            raise UsageError(f"sample '{sample.id}' has no tokens; remove it or give it a prompt")
+        sample.prompt_ids = [token % vocabulary for token in sample.prompt_ids]
+        sample.answer_ids = [token % vocabulary for token in sample.answer_ids]
+
+
+def encode_prompt(sample: Sample, tokenizer: Any) -> list[int]:
+    if sample.messages is None:
+        return tokenizer(sample.prompt).input_ids
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError(f"sample '{sample.id}' has messages, and this model's tokenizer has no chat template; give it a 'prompt' instead")
+    text = tokenizer.apply_chat_template(sample.messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def random_ids(sample: Sample, vocabulary: int, seed: int) -> list[int]:
+    import random
+
+    draw = random.Random(f"{seed}/{sample.id}")
+    return [draw.randrange(vocabulary) for _ in range(int(sample.extra["random_tokens"]))]
+
+
+def _load_error(source: ModelSource, error: Exception) -> OptkitError:
+    if source.kind == "hub":
+        return UnavailableError(hub_offline_message(source.location, error))
+    return UsageError(f"cannot load the model from '{source.location}': {' '.join(str(error).split())[:300]}")

@@ -1,0 +1,108 @@
+"""What a plugin declares of its technique. Facts only: importing a plugin must not import torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from optkit.settings import Limit, Setting
+
+Task = Literal["score", "generate", "train"]
+Stage = Literal[
+    "load", "merge", "architecture", "quantize", "adapter", "attention", "placement", "engine", "generation", "batching", "cache"
+]
+Role = Literal["load", "weights", "engine", "batching", "optimizer", "loss"]
+
+#: The order in which techniques are applied.
+STAGES: tuple[str, ...] = Stage.__args__  # type: ignore[attr-defined]
+ROLES: tuple[str, ...] = Role.__args__  # type: ignore[attr-defined]
+
+#: Properties by which techniques that never heard of each other decide whether they go together.
+PROPERTIES: dict[str, str] = {
+    "weights-quantized": "linear weights are stored in fewer bits",
+    "weights-opaque": "weights are in a form that exporters and other engines cannot read",
+    "weights-changed": "values of the full-precision weights were changed",
+    "architecture-changed": "shapes or modules differ from the checkpoint's",
+    "random-output": "the same prompt may get another text",
+    "many-paths": "several continuations of a prompt are kept at once (beams)",
+    "draft-tokens": "several tokens are proposed and verified a step",
+    "python-in-forward": "Python hooks run inside the forward pass",
+    "positions-restart": "several samples share a row, their positions start again",
+    "adapter": "trainable adapter weights beside frozen ones",
+    "weights-elsewhere": "some weights are not on the compute device",
+    "outside-torch": "the computation does not run in torch",
+}
+
+
+class Options(BaseModel):
+    """Base of a technique's options: unknown keys are errors, values are validated, each field has a description."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Claims(BaseModel):
+    """What ``configure`` answers: what this technique, with these options, wants on this machine.
+
+    ``roles``, ``adds``, ``needs``, ``forbids`` and ``refuses`` add to those that the technique declares. ``notes`` are shown by ``plan``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: tuple[Setting, ...] = ()
+    limits: tuple[Limit, ...] = ()
+    roles: frozenset[Role] = frozenset()
+    adds: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()
+    forbids: frozenset[str] = frozenset()
+    refuses: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+    problem: str | None = Field(None, description="why this technique cannot run here with these options, and the way out")
+
+
+class Technique(BaseModel):
+    """The facts of one technique.
+
+    :param name: as users type it: lower case, digits and hyphens.
+    :param stage: when it is applied (``STAGES``).
+    :param roles: what it owns alone; two owners of one role are a conflict.
+    :param honours: for the owner of ``load``, ``engine`` or ``batching``: the settings that it reads, ``"generate.*"`` for all of a group.
+    :param adds: properties that the model or run has after it.
+    :param needs: properties that some technique of the plan must add.
+    :param forbids: properties that no *earlier* technique may have added.
+    :param refuses: properties that no technique of the plan may add.
+    :param after: properties whose techniques are applied before this one within the stage; ``before`` likewise.
+    :param lossy: outputs are expected to differ from the untouched model's beyond rounding.
+    :param requires: distributions needed, as PEP 508 strings.
+    :param extra: the extra of the plugin's distribution that installs them.
+    :param tested_on: the devices on which it was really run, such as ``"cpu"`` or ``"NVIDIA H200"``; empty when nobody ran it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,40}$")
+    stage: Stage
+    summary: str
+    roles: frozenset[Role] = frozenset()
+    honours: frozenset[str] = frozenset()
+    adds: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()
+    forbids: frozenset[str] = frozenset()
+    refuses: frozenset[str] = frozenset()
+    before: frozenset[str] = frozenset()
+    after: frozenset[str] = frozenset()
+    lossy: bool = False
+    tasks: frozenset[Task] = frozenset({"score", "generate", "train"})
+    devices: frozenset[Literal["cpu", "cuda"]] = frozenset({"cpu", "cuda"})
+    requires: tuple[str, ...] = ()
+    extra: str | None = None
+    options: type[Options] = Options
+    paper: str = ""
+    tested_on: tuple[str, ...] = ()
+
+    @field_validator("summary")
+    @classmethod
+    def _one_line(cls, summary: str) -> str:
+        if "\n" in summary or not summary.strip():
+            raise ValueError("the summary is one line that says what the technique does and what it costs")
+        return summary
