@@ -8,6 +8,7 @@ with its punctuation.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -18,11 +19,11 @@ from model import grammar
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-VOCAB_SIZE = 1024
-MERGES = 256
+VOCAB_SIZE = 1152
+MERGES = 192
 SPECIAL = ["<pad>", "<s>", "</s>"]
 KEYS = "items|product|quantity|unit|price|currency|due"
-PATTERN = "|".join([rf'[\]}}{{",]+(?:{KEYS})":[\[]?"?', r" ?=>", r"\"?\}", r" ?\p{L}+", r"\d", r"\s", r" ?[^\s\p{L}\d]"])
+PATTERN = "|".join([rf'[\]}}{{",]+(?:{KEYS})":[\[]?"?', r" ?=>", r"\"?\}", r" ?\p{L}+", r"\d", r" ?[^\s\p{L}\d]", r"\s"])
 
 
 def _splitter():
@@ -43,18 +44,21 @@ def _words(seed: int, count: int) -> Counter[str]:
 
 def _learn_merges(seed: int, count: int) -> list[tuple[str, str]]:
     """The merges of a BPE trained on names alone."""
-    import json
-
     from tokenizers import Tokenizer, models, trainers
 
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = _splitter()
     rng = Random(seed)
-    words = (name for _ in range(count) for name in grammar.draw_order(rng).names)
+    words = (word for _ in range(count) for name in grammar.draw_order(rng).names for word in name.split())
     trainer = trainers.BpeTrainer(vocab_size=256 + MERGES, initial_alphabet=_bytes(), show_progress=False)
     learner.train_from_iterator(words, trainer)
     merges = json.loads(learner.to_str())["model"]["merges"]
     return [tuple(merge) for merge in merges][:MERGES]
+
+
+def _is_initial(word: str) -> bool:
+    """A space and one capital: mostly the start of a name, whose pieces must not depend on the space."""
+    return len(word) == 2 and word[0] == "Ġ" and word[1].isupper() and word[1] != "I"
 
 
 def _bytes() -> list[str]:
@@ -70,11 +74,10 @@ def build_tokenizer(seed: int = 0, samples: int = 60_000) -> Tokenizer:
     merges = _learn_merges(seed, samples)
     pieces = list(dict.fromkeys(SPECIAL + _bytes() + [a + b for a, b in merges]))
     counts = _words(seed + 1, samples)
-    for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        if len(pieces) == VOCAB_SIZE:
-            break
-        if word not in pieces:
-            pieces.append(word)
+    known = set(pieces)
+    words = [word for word in sorted(counts, key=lambda word: (-counts[word], word)) if word not in known]
+    words = [word for word in words if not _is_initial(word)]
+    pieces += words[: VOCAB_SIZE - len(pieces)]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = _splitter()
@@ -95,3 +98,5 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         model_max_length=256, clean_up_tokenization_spaces=False,
     )  # fmt: skip
     fast.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"  # the class name that transformers 4 knows too
+    settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))

@@ -41,7 +41,7 @@ def sha256_hex(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def parse(text: bytes) -> Any:
+def parse(text: str | bytes) -> Any:
     """What canonical JSON says; ``ValueError`` for whatever is none (NaN and too deep nesting are none)."""
     try:
         return json.loads(text, parse_constant=_refuse_constant)

@@ -75,8 +75,7 @@ def make_cache_folder(folder: str | os.PathLike[str]) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX)  # two processes may make it at once: the second must not see the first's half
         if is_cache_folder(folder):
             return
-        strangers = [name for name in os.listdir(folder) if not name.endswith(".tmp")]
-        if strangers:
+        if not is_empty(folder):
             raise OptkitError(f"{folder} is no cache folder of optkit's and holds other files: choose an empty or a new folder")
         write_durably(os.path.join(folder, TAG_NAME), _TAG)
     finally:
@@ -98,6 +97,11 @@ def is_cache_folder(folder: str | os.PathLike[str] | int) -> bool:
     finally:
         if handle is not folder:
             os.close(handle)
+
+
+def is_empty(folder: str | os.PathLike[str] | int) -> bool:
+    """Whether nothing is in ``folder`` (a path or a descriptor), save temp files of a process that was killed."""
+    return all(name.startswith(".") and name.endswith(".tmp") for name in os.listdir(folder))
 
 
 def write_durably(path: str, data: bytes) -> None:
@@ -160,9 +164,25 @@ def acquire(path: str, waiting: Callable[[], None]) -> int:
 
 def release(path: str, handle: int) -> None:
     """Let go of a lock that :func:`acquire` gave, and remove its file."""
-    remove(path)
+    if _is_at(handle, path):
+        remove(path)
     fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough where a forked child still has the descriptor
     os.close(handle)
+
+
+def remove_unheld(path: str, *, dir_fd: int) -> None:
+    """Remove a lock file that nobody holds: a killed process left it."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    except OSError:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove(path, dir_fd=dir_fd)
+    except OSError:
+        pass  # held
+    finally:
+        os.close(handle)
 
 
 def _is_at(handle: int, path: str) -> bool:

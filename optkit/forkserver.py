@@ -31,26 +31,48 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from optkit.processes import (
+    LINUX,
+    adopt_orphans,
+    be_first_out_of_memory,
+    die_with_parent,
+    kernel_oom_kills,
+    kill,
+    strays,
+)
+from optkit.trial_child import cannot_use_fork, report_progress, serve_trial
+
+__all__ = ["Server", "command", "main", "report_progress"]
+
+# The path comes first: what is imported after it is what the caller would import.
+_PROGRAM = """\
+import json, sys
+config = json.loads(sys.argv[1])
+sys.path[:] = config["sys_path"]
+from optkit import forkserver
+forkserver.main(config)
+"""
 _SIGNALS = (signal.SIGTERM, signal.SIGCHLD)
 _STRAYS_SECONDS = 2.0  # what is still there so long after its SIGKILL waits for a driver or a disk, and is given up
 
 
 def command(**config: Any) -> list[str]:
-    """The command line that runs this file in a fresh Python that finds the same modules as this one."""
-    return [sys.executable, "-P", str(Path(__file__)), json.dumps({"sys_path": sys.path, **config})]
+    """The command line of a fresh Python that finds the same modules as this one and calls `main`."""
+    return [sys.executable, "-P", "-c", _PROGRAM, json.dumps({"sys_path": sys.path, **config})]
 
 
 def main(config: dict[str, Any]) -> None:
-    """:param config: ``control`` (descriptor), ``parent`` (pid), ``imports`` and ``fork``; or ``channel``, to be a trial."""
-    if "channel" in config:
-        from optkit.trial_child import serve_trial
+    """Be the server or, where trials are not forked, a trial.
 
+    :param config: ``control`` (descriptor), ``parent`` (pid), ``imports`` and ``fork``; or ``channel`` (descriptor).
+    """
+    if "channel" in config:
         sys.exit(serve_trial(socket.socket(fileno=config["channel"])))
     Server(socket.socket(fileno=config["control"]), config["parent"], fork=config["fork"]).serve(config["imports"])
 
@@ -83,11 +105,11 @@ class Server:
         self._buffer = b""
         self._descriptors: list[int] = []
         self._selector = selectors.DefaultSelector()
+        # From Python 3.12 on: threads that an import started (OpenBLAS's) know about fork, or are not the trial's matter.
+        warnings.filterwarnings("ignore", ".*is multi-threaded, use of fork", DeprecationWarning)
 
     def serve(self, imports: Sequence[str]) -> None:
         """Run until the parent closes its end or is gone. Returns with no trial alive."""
-        from optkit.processes import adopt_orphans, strays
-
         adopt_orphans()
         self._control.set_inheritable(False)
         failed = _import_all(imports) if self._fork else {}
@@ -153,8 +175,6 @@ class Server:
         return bool(data)
 
     def _spawn(self, trial: int, channel: int, log: int) -> None:
-        from optkit.processes import kernel_oom_kills
-
         server, oom_kills = os.getpid(), kernel_oom_kills()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -175,9 +195,6 @@ class Server:
 
     def _become_trial(self, server: int, channel: int, log: int) -> None:
         """In the child: cut every tie with the server but the kernel's, and serve the trial. Never returns."""
-        from optkit.processes import adopt_orphans, be_first_out_of_memory, die_with_parent
-        from optkit.trial_child import cannot_use_fork, serve_trial
-
         status = 70
         try:
             os.setsid()
@@ -211,8 +228,6 @@ class Server:
             os._exit(status)
 
     def _kill(self, trial: int, grace_seconds: float) -> None:
-        from optkit.processes import kill
-
         for child in self._children.values():
             if child.trial == trial and not child.exited:
                 if grace_seconds:
@@ -220,8 +235,6 @@ class Server:
                 child.kill_at = min(child.kill_at, time.monotonic() + grace_seconds)
 
     def _kill_overdue(self) -> None:
-        from optkit.processes import kill
-
         for child in self._children.values():
             if child.kill_at <= time.monotonic() and not child.exited:
                 kill(child.pid, signal.SIGKILL)  # in case that it has not yet become a group's leader
@@ -229,8 +242,6 @@ class Server:
                 child.kill_at = math.inf
 
     def _reap(self) -> None:
-        from optkit.processes import LINUX, kernel_oom_kills, kill
-
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
@@ -254,8 +265,6 @@ class Server:
 
     def _report_ended(self) -> None:
         """Kill what ended trials left behind; tell the parent of a trial once nothing of it is left."""
-        from optkit.processes import kill, strays
-
         ended = [child for child in self._children.values() if child.exited]
         if not ended:
             return
@@ -269,8 +278,6 @@ class Server:
                 self._tell(**child.exited or {}, left=left)
 
     def _end_all(self) -> None:
-        from optkit.processes import kill, strays
-
         until = time.monotonic() + _STRAYS_SECONDS
         while time.monotonic() < until and (left := strays(keep=())):
             for pid in left:
@@ -284,7 +291,7 @@ class Server:
 
 
 def _import_all(imports: Sequence[str]) -> dict[str, str]:
-    """Import modules. One that fails is told to the parent, and the trial that needs it gets the same error for itself."""
+    """Import modules. One that fails is told to the parent; the trial that needs it meets the same error itself."""
     failed = {}
     for module in imports:
         try:
@@ -293,11 +300,3 @@ def _import_all(imports: Sequence[str]) -> dict[str, str]:
             traceback.print_exc()
             failed[module] = f"{type(error).__name__}: {error}"
     return failed
-
-
-if __name__ == "__main__":
-    _config = json.loads(sys.argv[1])
-    sys.path[:] = _config["sys_path"]
-    from optkit import forkserver  # the module that others import, not this `__main__`
-
-    forkserver.main(_config)

@@ -121,7 +121,10 @@ def silent_cpu_fallback(machine: Machine, build: TorchBuild | None = None) -> st
     if build.cuda is None:
         kind = "ROCm" if build.hip else "CPU"
         known = f" for CUDA {machine.cuda_driver_version} or older" if machine.cuda_driver_version else ""
-        return f"this machine has {machine.name} but torch {build.version} is a {kind} build: install a CUDA build{known} ({TORCH_BUILDS}); {ON_PURPOSE}"
+        return (
+            f"this machine has {machine.name} but torch {build.version} is a {kind} build: install a CUDA build{known} "
+            f"({TORCH_BUILDS}); {ON_PURPOSE}"
+        )
     return _driver_too_old(machine, build, _version(build.cuda)) or _no_kernels(machine, build, _version(build.cuda))
 
 
@@ -153,12 +156,16 @@ def _no_kernels(machine: Machine, build: TorchBuild, wheel: tuple[int, ...]) -> 
     capability = machine.compute_capability
     if capability is None:
         return None
-    sm = "sm_{}{}".format(*capability)
     if wheel >= (13,) and capability < (7, 5):
-        return f"torch {build.version} (CUDA {build.cuda}) has no kernels for {machine.name} ({sm}): install torch for CUDA 12 ({TORCH_BUILDS}); {ON_PURPOSE}"
-    if wheel < (12, 8) and capability >= (10, 0):
-        return f"torch {build.version} (CUDA {build.cuda}) has no kernels for {machine.name} ({sm}): install torch for CUDA 12.8 or newer ({TORCH_BUILDS}); {ON_PURPOSE}"
-    return None
+        wanted = "CUDA 12"
+    elif wheel < (12, 8) and capability >= (10, 0):
+        wanted = "CUDA 12.8 or newer"
+    else:
+        return None
+    return (
+        f"torch {build.version} (CUDA {build.cuda}) has no kernels for {machine.name} (sm_{capability[0]}{capability[1]}): "
+        f"install torch for {wanted} ({TORCH_BUILDS}); {ON_PURPOSE}"
+    )
 
 
 def _usable(driver: Driver, seen: int, environ: Mapping[str, str]) -> tuple[list[Gpu], str | None]:
@@ -195,8 +202,9 @@ def _cpu(root: Path) -> tuple[str, tuple[str, ...]]:
                 facts[key.strip()] = value.strip()
     except OSError:
         pass
-    flags = set((facts.get("flags") or facts.get("Features") or "").split())
-    return facts.get("model name") or platform.processor() or platform.machine() or "unknown CPU", tuple(f for f in CPU_FEATURES if f in flags)
+    flags = (facts.get("flags") or facts.get("Features") or "").split()
+    model = facts.get("model name") or platform.machine() or "unknown CPU"  # platform.processor() would start a process
+    return model, tuple(feature for feature in CPU_FEATURES if feature in flags)
 
 
 def _cpu_cores(root: Path) -> int:

@@ -1,14 +1,9 @@
 """The memo: results of evaluations, kept across runs. What it returns is what would be computed now, or it is a miss.
 
-A result is found by its *spec*, one small JSON object that holds all that decides the value (model and sample digests, configuration,
-versions, ...). One file holds one result::
-
-    <SHA-256 of the next line>
-    {"key":{"name":...,"spec":...},"schema":1,"seconds":...,"time":...,"value":...}
-
-Whatever else lies at an entry's path (damaged, cut short, of another key, schema or time, a link, a pipe, a pickle) is a miss with a
-warning, and is never executed. Nothing that goes wrong on the disk costs the caller the result. The digest finds damage; it does not
-stop someone who can write the folder, which is therefore private (0700).
+A result is found by its *spec*, one small JSON object that holds all that decides the value: model and sample digests, configuration,
+versions, seed, ... What lies at an entry's path and is not that entry, whole (damaged, cut short, of another key, schema or time, a
+link, a pipe, a pickle), is a miss with a warning, and is never executed. Nothing that goes wrong on the disk costs the caller the result.
+The digest finds damage; it does not stop someone who can write the folder, which is therefore private (0700).
 
 A hit reads the entry directly. A miss goes through ``joblib.Memory`` with the store of ``memo_backend``.
 """
@@ -23,19 +18,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from optkit import folders
-from optkit.canonical import NotCanonical, canonical_json, digest, parse, sha256_hex
+from optkit.canonical import NotCanonical, canonical_json, parse
 from optkit.errors import OptkitError
+from optkit.memo_entry import LEVEL, ForeignSchema, Hit, Key, Origin, Unfit, load, pack
 
-SCHEMA = 1
 LEFTOVER_SECONDS = 3600
-"""Age from which a temp or lock file is taken to be a dead process's."""
+"""Age from which a temp file is taken to be a dead process's."""
 
-_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
-_ENTRY = re.compile(rf"{_NAME.pattern}-[0-9a-f]{{64}}\.json")
-_LEFTOVER = re.compile(rf"\..*\.tmp|{_NAME.pattern}-[0-9a-f]{{64}}\.lock")
+_ENTRY = re.compile(rf"{LEVEL.pattern}-[0-9a-f]{{64}}\.json")
+_LOCK = re.compile(rf"{LEVEL.pattern}-[0-9a-f]{{64}}\.lock")
+_TEMP = re.compile(r"\..*\.tmp")
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
 
@@ -64,7 +59,7 @@ class Memo:
     def lookup(self, name: str, spec: dict[str, Any]) -> Hit | None:
         """The result of ``spec`` at the level ``name``, or ``None``. Imports neither joblib nor numpy."""
         try:
-            return self._read(self._key(name, spec))
+            return self._read(Key.of(self.folder, name, spec))
         except NotCanonical:
             return None  # compute() says so
 
@@ -73,16 +68,16 @@ class Memo:
     ) -> tuple[Any, Origin]:
         """The result of ``spec``: from the memo, or ``function(spec)``, which is then kept.
 
-        Callers of one spec, in other processes too, compute it once: the others wait. A value is returned in its JSON form (a tuple
-        as a list) whether it was found or computed; one that JSON cannot hold is returned as it is, not kept, and named in a warning.
+        Callers of one spec, in other processes too, compute it once: the others wait. A value comes back in its JSON form (a tuple as
+        a list) whether it was found or computed; one that JSON cannot hold comes back as it is, is not kept, and a warning names it.
 
         :param name: the level, ``predictions`` or ``metrics`` for example.
         :param force: compute although there is a result, and replace it.
         """
         try:
-            key = self._key(name, spec)
+            key = Key.of(self.folder, name, spec)
         except NotCanonical as fault:
-            self._say(f"{name} not cached: what decides them cannot be described: in the spec, {fault}")
+            self._say(f"{name} not cached: what decides them cannot be described: {fault}")
             return _timed(function, spec)
         hit = None if force else self._read(key)
         if hit is not None:
@@ -100,10 +95,9 @@ class Memo:
 
     def info(self) -> dict[str, Any]:
         """``entries``, ``bytes``, ``oldest`` and ``newest`` (unix seconds of computing, ``None`` if empty), and ``folder``."""
-        try:
+        found = []
+        with suppress(OSError):  # no folder, no entries
             found = [status for _, status in _files(str(self.folder), _ENTRY)]
-        except OSError:
-            found = []
         times = [status.st_mtime for status in found]
         return {
             "entries": len(found),
@@ -116,16 +110,18 @@ class Memo:
     def clear(self) -> int:
         """Remove every result and say how many there were; ``OptkitError`` unless the folder is a cache that optkit made.
 
-        Only files named as the memo names them are removed, and nothing is reached through a link.
+        Only plain files named as the memo names them are removed, and nothing is reached through a link.
         """
         try:
             handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return 0
         except OSError as error:
-            why = "a link or a file" if error.errno in (errno.ELOOP, errno.ENOTDIR) else error.strerror
-            raise OptkitError(f"nothing cleared: {self.folder} is no folder that can be opened ({why})") from None
+            why = "it is a link or a file" if error.errno in (errno.ELOOP, errno.ENOTDIR) else error.strerror
+            raise OptkitError(f"nothing cleared: {self.folder} is not a cache that optkit made ({why})") from None
         try:
+            if folders.is_empty(handle):
+                return 0
             if not folders.is_cache_folder(handle):
                 raise OptkitError(
                     f"nothing cleared: {self.folder} is not a cache that optkit made (it lacks optkit's {folders.TAG_NAME}); "
@@ -136,77 +132,59 @@ class Memo:
         finally:
             os.close(handle)
 
-    def _key(self, name: str, spec: dict[str, Any]) -> Key:
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"a memo level is lower-case letters, digits and dashes, at most 40, not {name!r}")
-        key = {"name": name, "spec": spec}
-        text = canonical_json(key)
-        stem = f"{self.folder}/{name}-{digest({'key': key, 'schema': SCHEMA})}"
-        return Key(text[len(f'{{"name":"{name}","spec":') : -1], text, stem)
-
     def _read(self, key: Key) -> Hit | None:
-        """The entry of ``key`` if it is there, whole, and of the right age. Marks it as used."""
-        path = key.stem + ".json"
+        """The entry of ``key`` if it is there, whole, and not too old."""
         try:
-            with _opened(path, self.size_limit_bytes) as file:
-                entry = unpack(file.readall(), key.text)
-                now = time.time()
-                if entry["time"] > now:
-                    raise Unfit(f"its time lies {entry['time'] - now:.0f} s in the future")
-                if self.max_age_seconds is not None and now - entry["time"] > self.max_age_seconds:
-                    return None
-                with suppress(OSError):  # access time is when it was used last, change time stays when it was computed
-                    os.utime(file.fileno(), ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
-                return Hit(entry["value"], entry["time"], Path(path), entry["seconds"])
+            hit = load(key, self.size_limit_bytes)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except Unfit as fault:
-            self._say(f"cache entry {path} not used: {fault}")
+            self._say(f"cache entry {key.path} not used: {fault}")
+            return None
         except OSError as error:
-            self._say(f"cache entry {path} not read: {_reason(error)}")
-        return None
+            self._say(f"cache entry {key.path} not used: {_reason(error)}")
+            return None
+        if self.max_age_seconds is not None and time.time() - hit.time > self.max_age_seconds:
+            return None
+        return hit
 
     @contextmanager
     def _alone(self, name: str, key: Key) -> Iterator[bool]:
         """Hold the lock of ``key``. Gives whether the result may be kept: not where the folder cannot be written."""
-        path, lock = key.stem + ".lock", None
-        may_keep = True
+        lock, may_keep = None, True
         try:
             folders.make_cache_folder(self.folder)
-            lock = folders.acquire(path, lambda: self._say(f"waiting for another process that computes the same {name}"))
+            lock = folders.acquire(key.lock, lambda: self._say(f"waiting for another process that computes the same {name}"))
         except OptkitError as error:
             may_keep = False
             self._say(f"{name} not cached: {error}")
         except OSError as error:
             may_keep = error.errno in _NO_LOCKS_HERE
             if not may_keep:
-                self._say(f"{name} not cached: {self.folder}: {_reason(error)}; choose another folder with --cache-dir")
+                self._say_not_kept(name, error)
         try:
             yield may_keep
         finally:
             if lock is not None:
-                folders.release(path, lock)
+                folders.release(key.lock, lock)
 
     def _write(self, name: str, key: Key, value: str, origin: Origin) -> None:
         """Put an entry in its place, unless one of another schema is there, and make room for it."""
-        path = key.stem + ".json"
-        data = pack(key.text, value, origin)
+        data = pack(key, value, origin)
         if len(data) > self.size_limit_bytes:
             self._say(f"{name} not cached: {len(data)} bytes are more than the cache's limit of {self.size_limit_bytes}")
-            return
-        try:
-            if self._is_foreign(path, key):
-                self._say(f"{name} not cached: {path} is of another optkit's schema and is left as it is")
-                return
-            folders.write_durably(path, data)
-            self._make_room(os.path.basename(path))
-        except OSError as error:
-            self._say(f"{name} not cached: {self.folder}: {_reason(error)}")
+        elif self._is_foreign(key):
+            self._say(f"{name} not cached: {key.path} is of another optkit's schema and is left as it is")
+        else:
+            try:
+                folders.write_durably(key.path, data)
+                self._make_room(os.path.basename(key.path))
+            except OSError as error:
+                self._say_not_kept(name, error)
 
-    def _is_foreign(self, path: str, key: Key) -> bool:
+    def _is_foreign(self, key: Key) -> bool:
         try:
-            with _opened(path, self.size_limit_bytes) as file:
-                unpack(file.readall(), key.text)
+            load(key, self.size_limit_bytes)
         except ForeignSchema:
             return True
         except (Unfit, OSError):
@@ -215,20 +193,26 @@ class Memo:
 
     def _make_room(self, newest: str) -> None:
         """Remove what was used least recently until all fits. The entry ``newest`` stays."""
-        _remove_leftovers(str(self.folder))
-        found = _files(str(self.folder), _ENTRY)
-        excess = sum(status.st_size for _, status in found) - self.size_limit_bytes
-        found.sort(key=lambda file: max(file[1].st_atime_ns, file[1].st_mtime_ns))
-        for name, status in found:
-            if excess <= 0:
-                return
-            if name != newest and folders.remove(os.path.join(self.folder, name)):
-                excess -= status.st_size
+        handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _remove_leftovers(handle)
+            found = _files(handle, _ENTRY)
+            excess = sum(status.st_size for _, status in found) - self.size_limit_bytes
+            for name, status in sorted(found, key=lambda file: max(file[1].st_atime_ns, file[1].st_mtime_ns)):
+                if excess <= 0:
+                    break
+                if name != newest and folders.remove(name, dir_fd=handle):
+                    excess -= status.st_size
+        finally:
+            os.close(handle)
 
     def _say(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             self._warn(message)
+
+    def _say_not_kept(self, name: str, error: OSError) -> None:
+        self._say(f"{name} not cached: {self.folder}: {_reason(error)}; --cache-dir chooses another folder")
 
 
 class Miss:
@@ -257,10 +241,10 @@ class Miss:
 
     def __call__(self, spec: str) -> Any:
         """Compute, and bring the value into its JSON form."""
-        self.value, self.origin = _timed(self._function, parse(spec.encode()))
+        self.value, self.origin = _timed(self._function, parse(spec))
         try:
             self._text = canonical_json(self.value)
-            self.value = parse(self._text.encode())
+            self.value = parse(self._text)
         except NotCanonical as fault:
             self._memo._say(f"{self._name} not cached: {fault}")
         return self.value
@@ -296,14 +280,13 @@ def _files(folder: str | int, pattern: re.Pattern[str]) -> list[tuple[str, os.st
     return found
 
 
-def _remove_leftovers(folder: str | int) -> None:
-    """Remove the temp and lock files of processes that were killed long ago."""
-    for name, status in _files(folder, _LEFTOVER):
+def _remove_leftovers(folder: int) -> None:
+    """Remove the lock and temp files of processes that were killed."""
+    for name, _ in _files(folder, _LOCK):
+        folders.remove_unheld(name, dir_fd=folder)
+    for name, status in _files(folder, _TEMP):
         if time.time() - status.st_mtime > LEFTOVER_SECONDS:
-            if isinstance(folder, int):
-                folders.remove(name, dir_fd=folder)
-            else:
-                folders.remove(os.path.join(folder, name))
+            folders.remove(name, dir_fd=folder)
 
 
 def _reason(error: OSError) -> str:

@@ -1,7 +1,11 @@
-"""One entry of the memo: its name, its bytes, and what makes it fit. One file holds one result::
+"""One entry of the memo: its name, its bytes, and what makes it fit.
+
+One file holds one result, in two lines::
 
     <SHA-256 of the next line>
     {"key":{"name":...,"spec":...},"schema":1,"seconds":...,"time":...,"value":...}
+
+The second line is canonical JSON and has no end of line.
 """
 
 from __future__ import annotations
@@ -9,10 +13,12 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from optkit.canonical import canonical_json, digest, parse, sha256_hex
+from optkit.canonical import canonical_json, parse, sha256_hex
 
 SCHEMA = 1
 LEVEL = re.compile(r"[a-z][a-z0-9-]{0,39}")
@@ -40,21 +46,24 @@ class Key(NamedTuple):
 
     :ivar spec: canonical JSON of the spec.
     :ivar text: canonical JSON of name and spec, as the entry holds it.
-    :ivar stem: the entry's path without its ending; the digest in it covers the schema too.
+    :ivar path: where the entry lies; the digest in its name covers the schema too.
+    :ivar lock: the file that whoever computes it holds.
     """
 
     spec: str
     text: str
-    stem: str
+    path: str
+    lock: str
 
     @classmethod
     def of(cls, folder: Path, name: str, spec: dict[str, Any]) -> Key:
         """``NotCanonical`` if the spec is no JSON."""
         if not LEVEL.fullmatch(name):
             raise ValueError(f"a memo level is lower-case letters, digits and dashes, at most 40, not {name!r}")
-        key = {"name": name, "spec": spec}
-        text = canonical_json(key)
-        return cls(canonical_json(spec), text, f"{folder}/{name}-{digest({'key': key, 'schema': SCHEMA})}")
+        spec_text = canonical_json(spec)
+        text = f'{{"name":"{name}","spec":{spec_text}}}'
+        stem = f"{folder}/{name}-{sha256_hex(f'{SCHEMA} {text}'.encode('ascii'))}"
+        return cls(spec_text, text, f"{stem}.json", f"{stem}.lock")
 
 
 class Unfit(ValueError):
@@ -93,20 +102,18 @@ def unpack(data: bytes, key: Key) -> dict[str, Any]:
     return entry
 
 
-def load(path: str, key: Key, size_limit_bytes: int) -> tuple[dict[str, Any], int]:
-    """The entry at ``path`` and the descriptor that it was read from, which the caller closes. ``Unfit`` or ``OSError`` if not.
-
-    Follows no link and does not wait for a pipe.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
+def load(key: Key, size_limit_bytes: int) -> Hit:
+    """The entry of ``key``, marked as used; ``Unfit`` or ``OSError`` if it is not there. Follows no link, waits for no pipe."""
+    handle = os.open(key.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, "rb", buffering=0) as file:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise Unfit("it is no plain file")
         if status.st_size > size_limit_bytes:
             raise Unfit(f"its {status.st_size} bytes are more than the cache's limit of {size_limit_bytes}")
-        with open(handle, "rb", buffering=0, closefd=False) as file:
-            return unpack(file.readall(), key), handle
-    except BaseException:
-        os.close(handle)
-        raise
+        entry = unpack(file.readall(), key)
+        if entry["time"] > time.time():
+            raise Unfit("its time lies in the future")
+        with suppress(OSError):  # a read-only cache; access time says when it was used last, change time when it was computed
+            os.utime(handle, ns=(time.time_ns(), status.st_mtime_ns))
+    return Hit(entry["value"], entry["time"], Path(key.path), entry["seconds"])

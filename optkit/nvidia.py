@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,6 +113,8 @@ def _nvml_memory(pynvml: Any, handle: Any) -> int:
 
 
 def _ask_nvidia_smi() -> Driver:
+    import subprocess
+
     command = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap,uuid,driver_version", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

@@ -1,6 +1,6 @@
-"""What a trial's process needs from the operating system: who is whose child, who dies with whom, who was killed for memory.
+"""What a trial's process needs from the operating system: who dies with whom, who is left, who was killed for memory.
 
-Everything here works on Linux. Elsewhere the functions that have no counterpart do nothing, and say so in their first line.
+Everything here works on Linux. Elsewhere functions without a counterpart do nothing, and their first line says so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def die_with_parent(parent: int) -> None:
-    """The kernel kills this process when `parent`, whose child it is, ends for whatever reason (Linux; else nothing)."""
+    """The kernel kills this process when `parent`, whose child it is, ends in whatever way (Linux; else nothing)."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the line above
         os._exit(70)
@@ -81,7 +81,7 @@ def strays(keep: Iterable[int]) -> list[int]:
 
 
 def kill_marked(variable: str, value: str, seconds: float = 2.0) -> None:
-    """Kill every process that was started with `variable` = `value`, and what is forked meanwhile, for at most `seconds`.
+    """Kill every process that was started with `variable` = `value`, and what those fork, for at most `seconds`.
 
     This finds the descendants of a process that is no longer there to be asked for them.
     """

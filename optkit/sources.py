@@ -67,6 +67,11 @@ class Sample:
     def digest(self) -> str:
         return digest([self.prompt, self.answer, self.text, self.messages])
 
+    @property
+    def start(self) -> int:
+        """The first scored position: the answer's, or the second token where a prompt alone is scored."""
+        return len(self.prompt_ids) if self.answer_ids else 1
+
     def __len__(self) -> int:
         """Tokens, once encoded."""
         return len(self.prompt_ids) + len(self.answer_ids)

@@ -1,11 +1,12 @@
 """Records on disk: one line each in ``records.jsonl``, never rewritten. A line is the SHA-256 of its JSON, a space, and the JSON.
 
-A record that :meth:`RecordStore.append` returned for is on the disk. A row that was damaged or cut short is reported and left out; the
-others are not touched by it. A row of a newer schema is refused and left as it is.
+A record for which :meth:`RecordStore.append` returned is on the disk. A row that was damaged or cut short is reported and left out;
+it costs no other row. A row of a newer schema is refused and left as it is.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -24,7 +25,7 @@ SCHEMA = 1
 FILE_NAME = "records.jsonl"
 _OWN = ("schema", "id", "time")
 _ROW_START = re.compile(rb"(?=[0-9a-f]{64} \{)")
-_BLOCK = 64 * 1024
+_FIRST_BLOCK, _LARGEST_BLOCK = 2**16, 2**26
 
 
 class Records(NamedTuple):
@@ -37,50 +38,43 @@ class Records(NamedTuple):
 class RecordStore:
     """The records in ``folder``, which is made, private (0700), with the first record.
 
-    :param warn: called with one line for each bad row that :meth:`latest` passes; :meth:`read` returns them.
+    :param warn: called with one line for each bad row that :meth:`latest` passes. (:meth:`read` returns them.)
     """
 
     def __init__(self, folder: Path, *, warn: Callable[[str], None] | None = None):
         self.folder = Path(folder)
         self.path = self.folder / FILE_NAME
-        self._warn = warn
+        self._warn = warn or (lambda message: None)
 
     def append(self, record: dict[str, Any]) -> str:
-        """Add a record and return its new id. ``schema``, ``id`` and ``time`` (unix seconds) are added to what it holds.
+        """Add a record and return its new id. The row is the record with ``schema``, ``id`` and ``time`` (unix seconds) beside it.
 
-        ``OptkitError`` if it could not be kept; the file is then as before.
+        ``OptkitError`` if it could not be kept; no row was lost or changed then.
         """
         if taken := [name for name in _OWN if name in record]:
-            raise ValueError(f"a record's {', '.join(taken)} is given by the store")
-        name = os.urandom(6).hex()
+            raise ValueError(f"the store itself gives a record its {', '.join(taken)}")
+        row_id = os.urandom(6).hex()
         try:
-            body = canonical_json({**record, "schema": SCHEMA, "id": name, "time": time.time()}).encode("ascii")
+            body = canonical_json({**record, "schema": SCHEMA, "id": row_id, "time": time.time()}).encode("ascii")
         except NotCanonical as fault:
             raise OptkitError(f"record not kept: {fault}") from None
         try:
             folders.make_private_folder(self.folder)
             _append_line(self.path, sha256_hex(body).encode("ascii") + b" " + body + b"\n")
         except OSError as error:
-            raise OptkitError(
-                f"record not kept: {self.path}: {error.strerror or error}; OPTKIT_RECORDS_DIR names another folder"
-            ) from None
-        return name
+            raise OptkitError(f"record not kept: {self.path}: {error.strerror or error}; OPTKIT_RECORDS_DIR names another folder") from None
+        return row_id
 
     def read(self) -> Records:
-        """Every row of the file. A missing file has none."""
+        """Every row. A missing file has none."""
         rows: list[dict[str, Any]] = []
         problems: list[str] = []
         with self._opened() as (handle, size):
-            lines = b"".join(_blocks(handle, size)).split(b"\n")
-        torn = lines.pop()
+            lines = b"".join(reversed([*_blocks_from_end(handle, size)])).split(b"\n")
         for number, line in enumerate(lines, start=1):
             found, reasons = _rows(line)
             rows += found
-            problems += [f"{self.path}, line {number}: {reason}" for reason in reasons]
-        if torn:
-            found, reasons = _rows(torn)
-            rows += found
-            problems += [f"{self.path}, last line: {reason} (a write was cut short)" for reason in reasons]
+            problems += [f"{self.path}:{number}: {reason}" for reason in reasons]
         return Records(rows, problems)
 
     def latest(self, match: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
@@ -89,8 +83,7 @@ class RecordStore:
             for line in _lines_from_end(handle, size):
                 found, reasons = _rows(line)
                 for reason in reasons:
-                    if self._warn is not None:
-                        self._warn(f"{self.path}: {reason}")
+                    self._warn(f"{self.path}: {reason}")
                 for row in reversed(found):
                     if match(row):
                         return row
@@ -98,11 +91,12 @@ class RecordStore:
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[int, int]]:
-        """The file and the size that it has between two writes. Rows before it never change."""
+        """A descriptor, and the size between two writes: what lies before it does not change any more."""
         try:
-            handle = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            handle = _open(self.path, os.O_RDONLY)
         except FileNotFoundError:
-            handle = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            yield -1, 0
+            return
         except OSError as error:
             raise OptkitError(f"records not read: {self.path}: {error.strerror}") from None
         try:
@@ -112,3 +106,86 @@ class RecordStore:
             yield handle, size
         finally:
             os.close(handle)
+
+
+def _open(path: Path, flags: int) -> int:
+    """Open a plain file. Follows no link and does not wait for a pipe."""
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is no plain file")
+    return handle
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    """Add ``line`` with one write, durably, or leave the file as it was."""
+    handle = _open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            line = b"\n" + line  # a write was cut short here: its rest stays a line of its own, which read() reports
+        try:
+            if os.write(handle, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(handle)
+            if not size:
+                folders.sync_folder(path.parent)
+        except BaseException:
+            os.ftruncate(handle, size)
+            raise
+    finally:
+        os.close(handle)
+
+
+def _blocks_from_end(handle: int, size: int) -> Iterator[bytes]:
+    """The file's first ``size`` bytes in growing blocks, the last block first."""
+    length = _FIRST_BLOCK
+    while size > 0:
+        start = max(0, size - length)
+        yield os.pread(handle, size - start, start)
+        size, length = start, min(length * 2, _LARGEST_BLOCK)
+
+
+def _lines_from_end(handle: int, size: int) -> Iterator[bytes]:
+    tail = b""
+    for block in _blocks_from_end(handle, size):
+        tail, *lines = (block + tail).split(b"\n")
+        yield from reversed(lines)
+    yield tail
+
+
+def _rows(line: bytes) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a line, and what is wrong with it. More than one row only where the end of line between them was damaged."""
+    if not line:
+        return [], []
+    try:
+        return [_row(line)], []
+    except ValueError as fault:
+        pieces = [piece for piece in _ROW_START.split(line) if piece]
+        if len(pieces) == 1:
+            return [], [str(fault)]
+    rows, reasons = [], []
+    for piece in pieces:
+        try:
+            rows.append(_row(piece))
+        except ValueError as fault:
+            reasons.append(str(fault))
+    return rows, reasons
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    """The row of a line, or ``ValueError`` with the reason. A damaged end of line may follow it."""
+    for body in (line[65:], line[65:-1]):
+        if line[:65] == sha256_hex(body).encode("ascii") + b" ":
+            break
+    else:
+        raise ValueError("row left out: it is damaged or was cut short (its digest does not fit)")
+    row = parse(body)
+    if not isinstance(row, dict) or type(row.get("schema")) is not int:
+        raise ValueError("row left out: it is no record")
+    if row["schema"] > SCHEMA:
+        raise ValueError(f"row left out: its schema is {row['schema']}, this optkit reads up to {SCHEMA}; a newer optkit reads it")
+    if row["schema"] < 1 or not isinstance(row.get("id"), str) or not isinstance(row.get("time"), float):
+        raise ValueError("row left out: it is no record")
+    return row

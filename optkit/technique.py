@@ -57,6 +57,7 @@ class Claims(BaseModel):
     forbids: frozenset[str] = frozenset()
     refuses: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    weight_bits: float | None = Field(None, description="bits that a linear weight takes afterwards, for the memory estimate")
     problem: str | None = Field(None, description="why this technique cannot run here with these options, and the way out")
 
 

@@ -31,10 +31,15 @@ from typing import Any
 
 MAX_LINE_BYTES = 256 * 2**20
 
-_OUT_OF_MEMORY = (
-    "out of memory", "can't allocate memory", "cannot allocate memory", "failed to allocate memory", "not enough memory",
-    "std::bad_alloc", "alloc_failed",
-)  # fmt: skip
+_OUT_OF_MEMORY = (  # how libraries without a type of their own say it
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "alloc_failed",
+)
 
 
 class Channel:
@@ -69,10 +74,12 @@ def encode(message: dict[str, Any], what: str) -> bytes:
     try:
         line = json.dumps(message, allow_nan=False).encode("ascii") + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{what} has no strict JSON form: {error}; use numbers, texts, lists, dicts, and None for NaN") from error
+        way_out = "use numbers, texts, lists, dicts, and None for NaN"
+        raise ValueError(f"{what} has no strict JSON form: {error}; {way_out}") from error
     if len(line) > MAX_LINE_BYTES:
+        size, limit = len(line) / 2**20, MAX_LINE_BYTES / 2**20
         raise ValueError(
-            f"{what} takes {len(line) / 2**20:.0f} MiB, and the limit is {MAX_LINE_BYTES / 2**20:.0f} MiB; write it to a file and pass its path"
+            f"{what} takes {size:.0f} MiB, and {limit:.0f} MiB is the limit; write it to a file and pass its path"
         )
     return line
 
@@ -127,7 +134,7 @@ def _prepare(setup: dict[str, Any]) -> None:
     os.environ.update(setup["env"])
     sys.path[:] = setup["sys_path"]
     importlib.invalidate_caches()
-    if "numpy" in sys.modules:  # Python's own generator is seeded anew by os.fork(); torch's starts from a constant anyway
+    if "numpy" in sys.modules:  # os.fork() seeds Python's own generator anew; torch's starts from a constant anyway
         sys.modules["numpy"].random.seed()
     if setup["memory_limit_bytes"] is not None:
         limit_memory(setup["memory_limit_bytes"])

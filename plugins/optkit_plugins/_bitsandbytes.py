@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from optkit import Options, UsageError
+from optkit import Claims, Options, UsageError
 from optkit.modules import as_linear
 from optkit_plugins import _packed
 
@@ -36,6 +36,11 @@ class FourBitOptions(Options):
     min_parameters: int = Field(1000, ge=0, description="leave smaller layers alone")
     head: bool = Field(False, description="quantize the output head as well; a head tied to the embedding never is")
     skip: tuple[str, ...] = Field((), description="name patterns of layers to leave alone, such as *.layers.0.*")
+
+
+def claims(task: str) -> Claims:
+    """Frozen 4-bit weights do not learn: training needs an adapter beside them."""
+    return Claims(needs=frozenset({"adapter"})) if task == "train" else Claims()
 
 
 @contextlib.contextmanager

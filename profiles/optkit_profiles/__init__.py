@@ -1,1 +1,1 @@
-"""One TOML a machine."""
+"""One TOML file a machine; ``optkit.profile`` reads them."""

@@ -1,0 +1,427 @@
+"""One experiment from request to record: plans, what the memo and the records know already, the measuring, the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optkit import compare, identity, measure, metrics
+from optkit.canonical import digest
+from optkit.errors import UnavailableError, UsageError
+from optkit.folders import cache_folder, make_cache_folder, make_private_folder, records_folder
+from optkit.machine import Machine, detect, silent_cpu_fallback
+from optkit.memo import Memo
+from optkit.plan import Choice, Plan, make_plan
+from optkit.predictions_memo import known_predictions, remember_predictions
+from optkit.profile import Profile, load_profile, missing_for
+from optkit.registry import Registry, discover
+from optkit.settings import Setting
+from optkit.sources import ModelSource, Sample, SampleSet, model_source, sample_set
+from optkit.stats import speed_up
+from optkit.store import RecordStore
+
+DEFAULT_LIMIT = 200
+#: Samples that are timed, and new tokens of each, unless asked otherwise.
+TIMED_SAMPLES, TIMED_TOKENS = 8, 32
+CALIBRATION_SAMPLES = 64
+#: Share of the device's memory that all arms together may take to be measured in turns.
+FITTING_SHARE = 0.85
+
+
+@dataclass
+class Request:
+    """What somebody wants measured. Every field has a default; ``origins`` says where a value came from.
+
+    :ivar plugins: technique names, or ``None`` for the profile's. :ivar each: also each technique alone.
+    :ivar set: options and settings by dotted name. :ivar reference: a plan (names joined by ``+``) that ratios are taken to.
+    :ivar timeout: seconds for one step of a trial. :ivar fresh: time again. :ivar force: compute predictions again.
+    """
+
+    model: str | None = None
+    profile: str = "auto"
+    plugins: list[str] | None = None
+    without: list[str] = field(default_factory=list)
+    set: dict[str, Any] = field(default_factory=dict)
+    task: str | None = None
+    samples: str | None = None
+    limit: int | None = None
+    repeats: int | None = None
+    seed: int = 0
+    each: bool = False
+    reference: str | None = None
+    thorough: bool = False
+    fresh: bool = False
+    force: bool = False
+    shrink: bool = False
+    metric: str | None = None
+    cache_dir: str | None = None
+    cache_max_age: float | None = None
+    timeout: float = 900.0
+    store_text: bool = True
+    profiles_dir: list[str] = field(default_factory=list)
+    origins: dict[str, str] = field(default_factory=dict)
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None
+    warn: Callable[[str], None] = lambda text: None
+
+
+@dataclass
+class Setup:
+    """A request made concrete, without torch: what would run, and on what."""
+
+    request: Request
+    machine: Machine
+    profile: Profile
+    registry: Registry
+    source: ModelSource
+    samples: SampleSet
+    task: str
+    baseline: Plan
+    plans: list[Plan]
+
+    @property
+    def all_plans(self) -> list[Plan]:
+        return [self.baseline, *self.plans]
+
+
+def prepare(request: Request) -> Setup:
+    """Plans and sources. :raises OptkitError: for anything that is wrong with the request, before anything heavy runs."""
+    machine = detect()
+    folders = [Path(folder) for folder in request.profiles_dir]
+    profile = load_profile(request.profile, folders, machine)
+    registry = discover()
+    source = model_source(request.model, shrink=request.shrink)
+    samples = sample_set(request.samples, source, limit=request.limit or DEFAULT_LIMIT)
+    task = request.task or ("generate" if samples.has_prompts else "score")
+    if task not in ("generate", "score"):
+        raise UsageError(f"task '{task}' is not run by this version; choose generate or score")
+    if task == "generate" and not samples.has_prompts:
+        raise UsageError("these samples are texts without prompts, which can be scored but not continued; use --task score, or samples with 'prompt'")
+    if missing_for(profile, machine, folders) or profile.device != machine.device:
+        machine = profile.as_machine(machine)  # a plan for another machine, or for the CPU of a machine that has a GPU
+    choices, wishes = choose(request, profile, task)
+    baseline = make_plan(registry, machine, task, [], wishes)
+    together = make_plan(registry, machine, task, choices, wishes)
+    plans = [together] if choices else []
+    if request.each and len(choices) > 1:
+        plans = [*(plan for choice in choices if (plan := alone(registry, machine, task, choice, wishes))), together]
+    if request.reference:
+        wanted = {choice.name: choice for choice in choices}
+        names = request.reference.replace(",", "+").split("+")
+        rival = make_plan(registry, machine, task, [wanted.get(name, Choice(name)) for name in names], wishes)
+        if rival.name not in {plan.name for plan in plans}:
+            plans.insert(0, rival)
+    return Setup(request, machine, profile, registry, source, samples, task, baseline, plans)
+
+
+def alone(registry: Registry, machine: Machine, task: str, choice: Choice, wishes: list[Setting]) -> Plan | None:
+    """The plan of one technique, or ``None`` where it needs others."""
+    from optkit.errors import PlanConflict
+
+    try:
+        return make_plan(registry, machine, task, [choice], wishes)
+    except PlanConflict:
+        return None
+
+
+def choose(request: Request, profile: Profile, task: str) -> tuple[list[Choice], list[Setting]]:
+    """Techniques with options, and settings, each with where it came from."""
+    from optkit.api import split_options
+
+    options, wishes = split_options(request.set, origin=request.origins.get("set", "--set"))
+    defaults = profile.defaults
+    asked = request.plugins is not None
+    names = list(dict.fromkeys(request.plugins if request.plugins is not None else list(defaults)))
+    choices = []
+    for name in names:
+        if name in request.without:
+            continue
+        base = dict(defaults[name].options) if name in defaults else {}
+        origins = dict.fromkeys(base, f"profile {profile.name}")
+        mine = options.pop(name, {})
+        because = f"asked for ({request.origins.get('plugins', '--plugins')})" if asked else f"profile {profile.name}: {defaults[name].because}"
+        choices.append(Choice(name, base | mine, origins | dict.fromkeys(mine, request.origins.get("set", "--set")), because))
+    if options:
+        name = next(iter(options))
+        raise UsageError(f"--set names an option of '{name}', which is not in this plan ({', '.join(names) or 'no techniques'})")
+    wishes += profile_settings(profile, task)
+    return choices, wishes
+
+
+def profile_settings(profile: Profile, task: str) -> list[Setting]:
+    """Batch size and length that the profile begins with."""
+    default = profile.tasks.get(task)  # type: ignore[call-overload]
+    if default is None:
+        return []
+    why = {"because": default.because, "by": f"profile {profile.name}", "strength": "profile"}
+    return [Setting(name="batch.size", value=default.batch_size, **why), Setting(name="batch.max_length", value=default.sequence_length, **why)]
+
+
+# ---------------------------------------------------------------- execution
+
+
+def execute(request: Request) -> dict[str, Any]:
+    """Measure, or answer from memo and records. Gives the record, with ``origin`` of timings and predictions."""
+    setup = prepare(request)
+    here = detect()
+    lacking = missing_for(setup.profile, here, [Path(folder) for folder in request.profiles_dir])
+    if lacking:
+        raise UnavailableError(lacking)
+    fallback = silent_cpu_fallback(here)
+    if fallback and request.profile == "auto":
+        raise UnavailableError(f"{fallback}. To measure the CPU on purpose, say --profile cpu")
+    return Experiment(setup).run()
+
+
+class Experiment:
+    """The arms of one request, what is known of them, and what is measured now."""
+
+    def __init__(self, setup: Setup):
+        self.setup, self.request = setup, setup.request
+        request = setup.request
+        self.memo = Memo(
+            cache_folder(request.cache_dir) / "memo", max_age_seconds=request.cache_max_age, warn=request.warn
+        )
+        self.store = RecordStore(records_folder(), warn=request.warn)
+        self.protocol = protocol_of(request, setup)
+        self.identity = identity.base(setup)
+        self.specs = {plan.name: identity.of_plan(self.identity, plan, setup) for plan in setup.all_plans}
+        baseline = digest(self.specs["baseline"])
+        for name, spec in self.specs.items():
+            if name != "baseline":
+                spec["reference"] = baseline  # its divergence is taken from that baseline's distributions
+        self.key = digest({"specs": self.specs, "protocol": [self.protocol.rounds, self.protocol.turns], "timing": self.timing_spec()})
+        self.predictions: dict[str, list[dict[str, Any]]] = {}
+        self.from_memo: dict[str, bool] = {}
+        self.saved_seconds = 0.0
+
+    def run(self) -> dict[str, Any]:
+        record = None if self.request.fresh else self.store.latest(lambda row: row.get("key") == self.key and row.get("kind") == "run")
+        if not self.request.force:
+            for plan in self.setup.all_plans:
+                self._look_up(plan)
+        complete = all(plan.name in self.predictions for plan in self.setup.all_plans if not _failed_in(record, plan.name))
+        if record is not None and complete:
+            result = dict(record)
+        else:
+            result = self._measure(record)
+        self._add_quality(result)
+        result["saved_seconds"] = self.saved_seconds
+        return result
+
+    def timing_spec(self) -> dict[str, Any]:
+        return {"samples": [sample.digest for sample in self.timed_samples()], "tokens": self.timed_tokens()}
+
+    def timed_samples(self) -> list[Sample]:
+        return self.setup.samples.samples[: max(TIMED_SAMPLES, int(self.setup.baseline.settings["batch.size"]))]
+
+    def timed_tokens(self) -> int:
+        return min(TIMED_TOKENS, int(self.setup.baseline.settings["generate.max_new_tokens"]))
+
+    # ------------------------------------------------------------ memo
+
+    def _look_up(self, plan: Plan) -> None:
+        hit = known_predictions(self.memo, self.specs[plan.name], self.setup.samples.samples)
+        if hit is not None:
+            self.predictions[plan.name], seconds = hit
+            self.from_memo[plan.name] = True
+            self.saved_seconds += seconds
+
+    # ------------------------------------------------------------ measuring
+
+    def _measure(self, record: dict[str, Any] | None) -> dict[str, Any]:
+        from optkit.trial import TrialServer
+
+        setup = self.setup
+        cache = cache_folder(self.request.cache_dir)
+        make_cache_folder(cache)
+        make_private_folder(cache / "inductor")
+        environment = {
+            "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+            "TRITON_CACHE_DIR": str(cache / "inductor" / "triton"),
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": str(setup.machine.cpu_cores),
+        }
+        if setup.source.kind != "hub":
+            environment |= {"HF_HUB_OFFLINE": "1"}
+        arms = [compare.Arm(plan.name, self._spec(plan)) for plan in setup.all_plans]
+        self.proofs: dict[str, dict[str, Any]] = {}
+        self.facts: dict[str, Any] = {}
+        self.reference: dict[str, Any] = {}
+        self.peaks: dict[str, Any] = {}
+        timed = record is None
+        protocol = self.protocol if timed else compare.Protocol(rounds=0, timeout=self.request.timeout)
+        started = time.time()
+        with TrialServer(env=environment, log_folder=cache / "logs") as server:
+            comparison = compare.Comparison(server, arms, protocol, self.request.seed, self.request.progress)
+            comparison.run(lambda arm: self._inspect(comparison, arm, timed))
+        if not timed:
+            assert record is not None
+            return dict(record)
+        row = self._record(comparison, started)
+        row["id"] = self.store.append(row)
+        row["time"] = started
+        row["measured_now"] = True
+        return row
+
+    def _spec(self, plan: Plan) -> dict[str, Any]:
+        setup = self.setup
+        watch = {"task": setup.task, "steps": _all_steps(setup.plans), "settings": []} if plan is setup.baseline else None
+        calibration = setup.samples.samples[-CALIBRATION_SAMPLES:]
+        if setup.source.name == "bundled" and not self.request.samples:
+            calibration = sample_set("bundled:names", setup.source, limit=CALIBRATION_SAMPLES).samples
+        return {
+            "plan": plan.to_json(),
+            "watch": watch,
+            "source": setup.source.to_json(),
+            "machine": setup.machine.model_dump(),
+            "timing_samples": [_plain(sample) for sample in self.timed_samples()],
+            "calibration": [_plain(sample) for sample in calibration],
+            "new_tokens": self.timed_tokens(),
+            "threads": setup.machine.cpu_cores,
+            "seed": self.request.seed,
+        }
+
+    def _inspect(self, comparison: compare.Comparison, arm: compare.Arm, timed: bool) -> None:
+        """While the arm's process lives: kernels, predictions, proof."""
+        first = arm is comparison.arms[0]
+        if timed:
+            if first and arm.loaded.get("work"):
+                self.peaks = comparison.ask(arm, "peaks", working_set=arm.loaded["work"]["weight_bytes"], dtype=arm.loaded["dtype"])
+            comparison.ask(arm, "profile")
+            answer = comparison.ask(arm, "prove", baseline=None if first else self.facts)
+            if first:
+                self.facts = answer["facts"]
+            self.proofs[arm.name] = answer["proof"]
+        if arm.name not in self.predictions:
+            samples = self.setup.samples.samples
+
+            def compute(missing: list[Sample]) -> list[dict[str, Any]]:
+                reference = None if first else self.reference
+                return comparison.ask(arm, "evaluate", samples=[_plain(sample) for sample in missing], reference=reference)
+
+            self.predictions[arm.name] = remember_predictions(self.memo, self.specs[arm.name], samples, compute, force=self.request.force)
+        if first:
+            self.reference = {row["digest"]: {"path": row["path"], "top": row["top"]} for row in self.predictions[arm.name] if "top" in row}
+
+    def _record(self, comparison: compare.Comparison, started: float) -> dict[str, Any]:
+        setup, first = self.setup, comparison.arms[0]
+        noise = compare.noise(first.rounds, comparison.twin.rounds)
+        reference = first
+        if self.request.reference:
+            named = {frozenset(plan.name.split("+")): plan.name for plan in setup.plans}
+            wanted = named[frozenset(self.request.reference.replace(",", "+").split("+"))]
+            reference = next(arm for arm in comparison.arms if arm.name == wanted)
+        rows = []
+        for arm, plan in zip(comparison.arms, setup.all_plans, strict=True):
+            row = arm_row(arm, plan, self.proofs.get(arm.name, {}))
+            row["limit_seconds"] = limit_seconds(arm, self.peaks, setup.task, self.timed_tokens())
+            if arm is not reference and arm.ok and reference.ok and len(arm.rounds) == len(reference.rounds):
+                row["speed_up"] = vars(speed_up(reference.rounds, arm.rounds, noise))
+            rows.append(row)
+        same = None
+        if comparison.twin.ok and first.ok and len(first.rounds) == len(comparison.twin.rounds):
+            same = vars(speed_up(first.rounds, comparison.twin.rounds))
+        return {
+            "kind": "run",
+            "key": self.key,
+            "task": setup.task,
+            "model": setup.source.to_json(),
+            "samples": {"name": setup.samples.name, "n": len(setup.samples.samples), "digest": setup.samples.digest},
+            "timed": {"samples": len(self.timed_samples()), "tokens": self.timed_tokens() if setup.task == "generate" else None},
+            "profile": setup.profile.name,
+            "machine": setup.machine.model_dump(),
+            "identity": self.identity,
+            "protocol": {"rounds": self.protocol.rounds, "turns": self.protocol.turns, "repeat": comparison.repeat,
+                         "interleaved": self.protocol.interleaved},
+            "reference": reference.name,
+            "baseline_again": same,
+            "noise": noise,
+            "peaks": self.peaks,
+            "arms": rows,
+            "seconds": time.time() - started,
+            "seed": self.request.seed,
+        }  # fmt: skip
+
+    def _add_quality(self, result: dict[str, Any]) -> None:
+        """Metrics over the predictions, kept under what decides them: predictions, samples and the metric's own name."""
+        samples = self.setup.samples.samples
+        custom = metrics.load_metric(self.request.metric) if self.request.metric else None
+        baseline = self.predictions.get("baseline")
+        for row in result["arms"]:
+            rows = self.predictions.get(row["name"])
+            if rows is None:
+                continue
+            other = None if row["name"] == "baseline" else baseline
+
+            def compute(spec: dict[str, Any], rows: Any = rows, other: Any = other) -> Any:
+                return metrics.quality(rows, samples, other, custom)
+
+            if custom is not None:  # somebody else's function: its code cannot be described, so its value is not kept
+                row["quality"] = compute({})
+                continue
+            spec = {"rows": digest(rows), "baseline": digest(other), "samples": self.setup.samples.digest, "code": self.identity["optkit"]}
+            row["quality"], _ = self.memo.compute("metrics", compute, spec) if not (hit := self.memo.lookup("metrics", spec)) else (hit.value, None)
+            row["predictions_from"] = "memo" if self.from_memo.get(row["name"]) else "measured"
+        result["outputs"] = {name: [row.get("text") for row in rows[:50]] for name, rows in self.predictions.items()}
+
+
+def arm_row(arm: compare.Arm, plan: Plan, proof: dict[str, Any]) -> dict[str, Any]:
+    """One arm as the record holds it."""
+    return {
+        "name": arm.name,
+        "steps": [{"name": step.name, "options": step.options.model_dump(mode="json"), "version": step.version} for step in plan.steps],
+        "settings": plan.settings.to_json(),
+        "state": arm.state,
+        "reason": arm.reason,
+        "log": arm.log[-4000:],
+        "seconds": arm.rounds,
+        "tokens": arm.tokens,
+        "cold_seconds": arm.warm.get("cold_seconds"),
+        "loaded": arm.loaded,
+        "peak_bytes": arm.peak_bytes,
+        "joules_per_token": sum(arm.joules) / len(arm.joules) if arm.joules else None,
+        "proof": proof,
+    }
+
+
+def limit_seconds(arm: compare.Arm, peaks: dict[str, Any], task: str, tokens: int) -> float | None:
+    """The least time that the hardware allows this arm's own weights for the timed unit."""
+    if not peaks or not arm.loaded.get("work"):
+        return None
+    work = measure.Work(**arm.loaded["work"])
+    measured = measure.Peaks(peaks["read_bandwidth"], peaks["flops"], peaks["dtype"])
+    if task == "generate":
+        return measure.generate_limit_seconds(work, measured, peaks["lengths"], tokens)
+    return measure.score_limit_seconds(work, measured, peaks["lengths"])
+
+
+def protocol_of(request: Request, setup: Setup) -> compare.Protocol:
+    """Rounds and turns, and whether all arms fit the device at once."""
+    rounds = request.repeats or (20 if request.thorough else 6)
+    from optkit.estimate import estimate_bytes
+
+    wanted = sum(estimate_bytes(setup.source, plan) or 0 for plan in [setup.baseline, *setup.all_plans])
+    free = setup.machine.memory_bytes if setup.machine.device == "cuda" else setup.machine.host_memory_bytes
+    return compare.Protocol(
+        rounds=rounds, turns=2, unit_seconds=0.1 if setup.machine.device == "cuda" else 0.25,
+        interleaved=wanted <= FITTING_SHARE * free, timeout=request.timeout,
+    )  # fmt: skip
+
+
+def _plain(sample: Sample) -> dict[str, Any]:
+    return {
+        "id": sample.id, "prompt": sample.prompt, "answer": sample.answer, "text": sample.text,
+        "messages": sample.messages, "extra": sample.extra,
+    }  # fmt: skip
+
+
+def _all_steps(plans: list[Plan]) -> list[dict[str, Any]]:
+    steps = {step.name: {"name": step.name, "options": step.options.model_dump(mode="json")} for plan in plans for step in plan.steps}
+    return list(steps.values())
+
+
+def _failed_in(record: dict[str, Any] | None, name: str) -> bool:
+    return record is not None and any(arm["name"] == name and arm["state"] != "ok" for arm in record["arms"])

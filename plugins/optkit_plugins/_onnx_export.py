@@ -1,0 +1,142 @@
+"""A causal language model as one ONNX graph: prefill and decode in the same graph, keys and values as inputs and outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from optkit import OptkitError
+
+#: Sizes of the example that is traced: all different, and none of them 0 or 1, which torch.export takes for constants.
+BATCH, TOKENS, PAST = 2, 3, 5
+#: The loggers of the exporter that tell of operators it leaves out because torchvision is not there. Language models use none.
+NOISY_LOGGER = "torch.onnx._internal.exporter._registration"
+
+
+def cache_shapes(model: Any) -> list[tuple[int, int, int]]:
+    """(heads, width of a key, width of a value) of each layer, read from the cache of a real forward pass: configs name them differently.
+
+    :raises OptkitError: for a model that keeps something else than keys and values between tokens.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    ids = torch.tensor([[0, 0]], device=model.device)
+    with torch.no_grad():
+        output = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+    layers = getattr(getattr(output, "past_key_values", None), "layers", [])
+    if not layers or any(getattr(layer, "keys", None) is None or layer.keys.dim() != 4 for layer in layers):
+        raise OptkitError(
+            f"{type(model).__name__} keeps something else than keys and values between tokens, which this export has no inputs for; "
+            "leave out the technique that exports it"
+        )
+    return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
+
+
+def input_names(layers: int) -> list[str]:
+    return ["input_ids", "attention_mask", "position_ids", *_pairs("past_key_values", layers)]
+
+
+def output_names(layers: int) -> list[str]:
+    return ["logits", *_pairs("present", layers)]
+
+
+def _pairs(prefix: str, layers: int) -> list[str]:
+    return [f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+
+
+def export(model: Any, path: Path, *, opset: int) -> int:
+    """Write ``model`` to ``path``; weights of more than 2 GB go to a file beside it.
+
+    Inputs: ``input_ids`` (batch, sequence), ``attention_mask`` (batch, past + sequence), ``position_ids`` (batch, sequence), all int64, and
+    ``past_key_values.{layer}.key`` / ``.value`` (batch, heads, past, width). Outputs: ``logits`` (batch, sequence, vocabulary) and
+    ``present.{layer}.key`` / ``.value`` (batch, heads, past + sequence, width). Past may be 0 (prefill).
+
+    :return: the number of nodes of the graph.
+    :raises OptkitError: where the model cannot be traced or an operator has no ONNX counterpart.
+    """
+    import torch
+
+    shapes = cache_shapes(model)
+    device, dtype = model.device, model.dtype
+    past = [torch.zeros(BATCH, heads, PAST, width, device=device, dtype=dtype) for heads, *widths in shapes for width in widths]
+    ids = torch.zeros(BATCH, TOKENS, dtype=torch.long, device=device)
+    mask = torch.ones(BATCH, PAST + TOKENS, dtype=torch.long, device=device)
+    positions = torch.arange(PAST, PAST + TOKENS, device=device).expand(BATCH, TOKENS)
+    dynamic = {
+        "input_ids": {0: "batch", 1: "sequence"},
+        "attention_mask": {0: "batch", 1: "total"},
+        "position_ids": {0: "batch", 1: "sequence"},
+        "past": tuple({0: "batch", 2: "past"} for _ in past),
+    }
+    with quiet_export(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                with_cache_inputs(model),
+                (ids, mask, positions, *past),
+                dynamo=True,
+                dynamic_shapes=dynamic,
+                input_names=input_names(len(shapes)),
+                output_names=output_names(len(shapes)),
+                opset_version=opset,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise OptkitError(f"{type(model).__name__} cannot be exported to ONNX: {' '.join(str(error).split())[:400]}") from error
+        assert program is not None  # only the old exporter gives None
+        program.save(str(path))
+    return sum(1 for _ in program.model.graph)
+
+
+def with_cache_inputs(model: Any) -> Any:
+    """A module of (ids, mask, positions, key and value of each layer) that gives (logits, new key and value of each layer).
+
+    The cache is built inside and without the config: every layer then keeps all tokens, and a sliding window is left to the mask.
+    """
+    from torch import nn
+    from transformers import DynamicCache
+
+    class WithCacheInputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, *past: Any) -> tuple[Any, ...]:
+            cache = DynamicCache()
+            for layer in range(len(past) // 2):
+                cache.update(past[2 * layer], past[2 * layer + 1], layer)
+            output = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+            )
+            present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+            return (output.logits, *present)
+
+    return WithCacheInputs().eval()
+
+
+@contextlib.contextmanager
+def quiet_export() -> Iterator[None]:
+    """Leave out what the exporter says on every export of a language model."""
+    logger = logging.getLogger(NOISY_LOGGER)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # one dimension has one name in all inputs: the exporter remarks on the second use
+            warnings.filterwarnings("ignore", message=".*The axis name: .* will not be used", category=UserWarning)
+            # torch copies its own tree specs
+            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def copy_export(source: Path, folder: Path) -> None:
+    """Copy an exported graph and the weights beside it (the graph names them by their file name)."""
+    for file in source.parent.glob(source.name + "*"):
+        shutil.copyfile(file, folder / file.name)
