@@ -1,0 +1,110 @@
+"""From a record to the cells of its table: one place decides what is shown, in whatever form it is then printed."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from optkit.report.text import megabytes, number, percent, signed
+
+Record = dict[str, Any]
+
+COLUMNS = ("plan", "tokens/s", "× baseline [95 %]", "of limit", "weights", "peak", "perplexity", "exact match", "agreement", "KL")
+
+
+def table_rows(record: Record) -> list[list[str]]:
+    """The cells of every arm. A figure that was not measured is a dash, a failed arm shows its state and reason."""
+    return [_row(arm, record) for arm in record["arms"]]
+
+
+def used_columns(record: Record) -> list[int]:
+    """Columns that hold anything."""
+    rows = table_rows(record)
+    return [index for index in range(len(COLUMNS)) if index == 0 or any(row[index] not in ("", "–") for row in rows)]
+
+
+def _row(arm: Record, record: Record) -> list[str]:
+    if arm["state"] != "ok":
+        return [arm["name"], arm["state"], arm["reason"], *["–"] * (len(COLUMNS) - 3)]
+    quality = arm.get("quality", {})
+    seconds = median(arm["seconds"]) if arm["seconds"] else None
+    limit = arm.get("limit_seconds")
+    return [
+        arm["name"],
+        number(arm["tokens"] / seconds) if seconds else "–",
+        speed_up_cell(arm, record),
+        percent(limit / seconds) if limit and seconds else "–",
+        megabytes(arm["loaded"].get("bytes")),
+        megabytes(arm["peak_bytes"]),
+        quality_cell(quality.get("perplexity"), lambda value: f"{value:.3f}" if value < 1e4 else f"{value:.3g}", 3),
+        quality_cell(quality.get("exact_match"), lambda value: percent(value, 1), 1, scale=100),
+        percent(quality["agreement"]["value"], 1) if "agreement" in quality else "–",
+        f"{quality['kl']['value']:.2g}" if "kl" in quality else "–",
+    ]
+
+
+def speed_up_cell(arm: Record, record: Record) -> str:
+    """``1.94 [1.90, 1.99]``, with ``=`` where no difference may be claimed."""
+    found = arm.get("speed_up")
+    if arm["name"] == record.get("reference"):
+        return "1"
+    if not found:
+        return "–"
+    text = f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    return text if found["differs"] else f"{text} no difference"
+
+
+def quality_cell(metric: Record | None, show: Any, digits: int, scale: float = 1) -> str:
+    """The value, and its difference from the baseline: a star where the difference is beyond chance."""
+    if not metric:
+        return "–"
+    text = show(metric["value"])
+    if metric.get("difference") is not None:
+        text += f" ({signed(metric['difference'] * scale, digits)}{'*' if metric.get('differs') else ''})"
+    return text
+
+
+def proof_rows(record: Record) -> list[list[str]]:
+    """Plan, technique, verdict and evidence of every technique in every arm."""
+    return [
+        [arm["name"], name, proof["verdict"], str(proof["summary"])] for arm in record["arms"] for name, proof in arm.get("proof", {}).items()
+    ]
+
+
+def custom_rows(record: Record) -> list[list[str]]:
+    """Plan, metric and value of metrics that are not in the table."""
+    known = {"perplexity", "exact_match", "agreement", "kl"}
+    return [
+        [arm["name"], name, f"{value['value']:.4g}" if "value" in value else value["error"]]
+        for arm in record["arms"]
+        for name, value in arm.get("quality", {}).items()
+        if name not in known
+    ]
+
+
+def footnotes(record: Record) -> list[str]:
+    """What a sceptic asks first: how often, against what, how noisy, from when."""
+    protocol, timed = record["protocol"], record["timed"]
+    work = f"{timed['samples']} samples" + (f" × {timed['tokens']} new tokens" if timed["tokens"] else "")
+    notes = [
+        f"n = {protocol['rounds']} process pairs × {protocol['turns']} turns of {protocol['repeat']} × ({work}), "
+        + ("taking turns in random order" if protocol["interleaved"] else "whole processes alternating, not interleaved")
+        + "; median of the paired ratios, order-statistic interval"
+    ]
+    again = record.get("baseline_again")
+    if again:
+        verdict = "differs" if again["differs"] else "no difference"
+        notes.append(f"a second untouched baseline reads {again['ratio']:.3f} [{again['low']:.3f}, {again['high']:.3f}]: {verdict}")
+    ratios = [arm["speed_up"]["coverage"] for arm in record["arms"] if arm.get("speed_up")]
+    if ratios and min(ratios) < 0.95:
+        notes.append(f"{protocol['rounds']} pairs give an interval of {percent(min(ratios))} only; a difference needs 6, --repeats 6 or more")
+    peaks = record.get("peaks")
+    if peaks:
+        notes.append(
+            f"limit: {peaks['read_bandwidth'] / 1e9:,.0f} GB/s read and {peaks['flops'] / 1e12:.3g} TFLOP/s {peaks['dtype']}, measured in this run"
+        )
+    quality = record["arms"][0].get("quality", {})
+    counts = {name: value["n"] for name, value in quality.items() if "n" in value}
+    if counts:
+        notes.append(", ".join(f"{name.replace('_', ' ')} over {n} samples" for name, n in counts.items()) + "; * beyond chance (p < 0.05)")
+    return notes
