@@ -192,8 +192,7 @@ def _admits(bound: str, found: str) -> bool:
     """``>=`` and ``<`` by release numbers, which is all that optkit's own requirements use; other bounds are pip's to judge."""
     operator, wanted = (bound[:2], bound[2:]) if bound[:2] == ">=" else (bound[:1], bound[1:])
     here, there = _release(found), _release(wanted)
-    width = max(len(here), len(there))
-    here, there = here + (0,) * (width - len(here)), there + (0,) * (width - len(there))
+    here += (0,) * (len(there) - len(here))
     return here >= there if operator == ">=" else here < there if operator == "<" else True
 
 

@@ -302,7 +302,9 @@ class Experiment:
                 reference = None if first else self.reference
                 return comparison.ask(arm, "evaluate", samples=[_plain(sample) for sample in missing], reference=reference)
 
-            self.predictions[arm.name] = remember_predictions(self.memo, self.specs[arm.name], samples, compute, force=self.request.force)
+            self.predictions[arm.name] = remember_predictions(
+                self.memo, self.specs[arm.name], samples, compute, force=self.request.force, keep=self.request.store_text
+            )
         if first:
             self.reference = {row["digest"]: {"path": row["path"], "top": row["top"]} for row in self.predictions[arm.name] if "top" in row}
 

@@ -22,9 +22,14 @@ def known_predictions(memo: Memo, spec: dict[str, Any], samples: list[Sample]) -
 
 
 def remember_predictions(
-    memo: Memo, spec: dict[str, Any], samples: list[Sample], compute: Callable[[list[Sample]], Rows], *, force: bool = False
+    memo: Memo, spec: dict[str, Any], samples: list[Sample], compute: Callable[[list[Sample]], Rows], *, force: bool = False, keep: bool = True
 ) -> Rows:
-    """The rows of all samples: those that are known, and the others computed in one shard and kept."""
+    """The rows of all samples: those that are known, and the others computed in one shard and kept.
+
+    :param keep: without it nothing is written: the rows hold texts.
+    """
+    if not keep:
+        return compute(samples)
     rows: list[dict[str, Any] | None] = [None] * len(samples) if force else _gather(memo, spec, samples)[0]
     missing = [sample for sample, row in zip(samples, rows, strict=True) if row is None]
     if not missing:

@@ -84,8 +84,10 @@ def discover() -> Registry:
     problems: list[str] = []
     for distribution in importlib.metadata.distributions():
         try:
-            label, version = distribution.metadata["Name"] or "an unnamed distribution", distribution.version
             points = [point for point in distribution.entry_points if point.group == GROUP]
+            if not points:
+                continue  # reading the metadata of every distribution would take longer than all the rest
+            label, version = distribution.metadata["Name"] or "an unnamed distribution", distribution.version
         except Exception as error:  # a malformed file of any distribution must not stop the others
             problems.append(f"a distribution's entry points cannot be read and are skipped: {error}")
             continue

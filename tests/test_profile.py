@@ -19,15 +19,24 @@ from optkit.profile_files import built_in_folder
 
 NAMES = ["a100", "colab-t4", "cpu", "h100", "h200", "rtx4090", "rtx5090", "t4", "t4x2"]
 
-#: Written down apart from the profiles: GB, bus width in bits x Gbit/s a pin, compute capability, processors x tensor FLOPs a clock x GHz
-#: (dense, FP32 accumulate) for the 16-bit peak. NVIDIA's data sheets and white papers; boost clocks.
+#: Written down apart from the profiles, from NVIDIA's data sheets and white papers: GB; bus width in bits x Gbit/s a pin; compute
+#: capability; multiprocessors x FLOPs a clock x boost GHz for float32 and for dense 16-bit matrices with FP32 accumulate.
 SHEETS = {
-    "t4": (16, 256 * 10.0, (7, 5), 40 * 1024 * 1.59),
-    "rtx4090": (24, 384 * 21.0, (8, 9), 128 * 512 * 2.52),
-    "rtx5090": (32, 512 * 28.0, (12, 0), 170 * 512 * 2.407),
-    "a100": (80, 5120 * 3.186, (8, 0), 108 * 2048 * 1.41),
-    "h100": (80, 5120 * 5.234, (9, 0), 132 * 4096 * 1.83),
-    "h200": (141, 6144 * 6.25, (9, 0), 132 * 4096 * 1.83),
+    "t4": (16, 256 * 10.0, (7, 5), 40 * 128 * 1.59, 40 * 1024 * 1.59),
+    "rtx4090": (24, 384 * 21.0, (8, 9), 128 * 256 * 2.52, 128 * 512 * 2.52),
+    "rtx5090": (32, 512 * 28.0, (12, 0), 170 * 256 * 2.407, 170 * 512 * 2.407),
+    "a100": (80, 5120 * 3.186, (8, 0), 108 * 128 * 1.41, 108 * 2048 * 1.41),
+    "h100": (80, 5120 * 5.234, (9, 0), 132 * 256 * 1.98, 132 * 4096 * 1.83),
+    "h200": (141, 6144 * 6.25, (9, 0), 132 * 256 * 1.98, 132 * 4096 * 1.83),
+}
+#: Rates of the other dtypes as multiples of the 16-bit one: which there are, and what an architecture does a clock.
+RATIOS = {
+    "t4": {"int8": 2, "int4": 4},
+    "rtx4090": {"bf16": 1, "tf32": 0.5, "fp8": 2, "int8": 4, "int4": 8},
+    "rtx5090": {"bf16": 1, "tf32": 0.5, "fp8": 2, "int8": 4, "fp4": 8},
+    "a100": {"bf16": 1, "tf32": 0.5, "int8": 2, "int4": 4},
+    "h100": {"bf16": 1, "tf32": 0.5, "fp8": 2, "int8": 2},
+    "h200": {"bf16": 1, "tf32": 0.5, "fp8": 2, "int8": 2},
 }
 
 CPU = Machine("cpu", "EPYC", 1, None, 2**34, 2**34, "EPYC", 2)
@@ -66,12 +75,14 @@ def test_every_built_in_profile_is_listed_and_loads() -> None:
 
 @pytest.mark.parametrize("name", SHEETS)
 def test_facts_agree_with_the_data_sheets(name: str) -> None:
-    memory_gb, gigabits, capability, gigaflops = SHEETS[name]
+    memory_gb, gigabits, capability, single, half = SHEETS[name]
     profile = load_profile(name)
     assert profile.memory_gb == memory_gb
     assert profile.compute_capability == capability
     assert profile.bandwidth_gb_s == pytest.approx(gigabits / 8, rel=0.01)
-    assert profile.peak_tflops["fp16"] == pytest.approx(gigaflops / 1000, rel=0.01)
+    expected = {"fp32": single, "fp16": half, **{dtype: ratio * half for dtype, ratio in RATIOS[name].items()}}
+    rates = {dtype: rate * 1000 for dtype, rate in profile.peak_tflops.items() if dtype != "fp64"}
+    assert rates == pytest.approx(expected, rel=0.01)
 
 
 def test_the_two_profiles_of_hosted_notebooks_are_t4s() -> None:
@@ -251,6 +262,10 @@ def test_what_was_taken_out_stays_out_further_on(tmp_path: Path) -> None:
     write(tmp_path, "one", 'extends = "cpu"\nwithout = ["int8"]\n')
     write(tmp_path, "two", 'extends = "one"\n')
     assert list(load_profile("two", [tmp_path]).defaults) == ["flash", "compile"]
+    write(tmp_path, "three", 'extends = "two"\nwithout = ["flash"]\n')
+    assert list(load_profile("three", [tmp_path]).defaults) == ["compile"]
+    write(tmp_path, "four", 'extends = "two"\n[defaults.int8]\n')
+    assert list(load_profile("four", [tmp_path]).defaults) == ["flash", "compile", "int8"]
 
 
 def test_a_user_s_h200_may_extend_ours_and_comes_before_it(tmp_path: Path) -> None:
@@ -285,6 +300,8 @@ def test_auto_takes_a_user_s_profile_only_where_it_states_matches(tmp_path: Path
     write(tmp_path, "ours", 'extends = "h200"\n[matches]\nnames = ["H200"]\n')
     assert auto_profile(H200, [tmp_path]).name == "ours"
     assert auto_profile(CPU, [tmp_path]).name == "cpu"
+    write(tmp_path, "one-t4", 'extends = "t4"\n[matches]\nnames = ["T4"]\n')
+    assert auto_profile(replace(T4, count=2), [tmp_path]).name == "one-t4"  # the user's own goes before ours for two
 
 
 def test_a_broken_file_never_breaks_the_listing(tmp_path: Path) -> None:

@@ -81,8 +81,14 @@ class Client:
         return self._json(response, path)
 
     def first_model(self) -> str:
-        """The name of the first model that the server lists."""
-        listed = self.get("/v1/models")
+        """The name of the first model that the server lists.
+
+        :raises OptkitError: where it lists none, or cannot list them.
+        """
+        try:
+            listed = self.get("/v1/models")
+        except StatusError as error:
+            raise StatusError(error.status, f"{error}; a server that lists no models needs their name in the option model") from None
         rows = listed.get("data") if isinstance(listed, dict) else None
         if not isinstance(rows, list) or any(not isinstance(row, dict) or not isinstance(row.get("id"), str) for row in rows):
             raise malformed(f"{self.url}/v1/models", json.dumps(listed)[:200])
@@ -131,9 +137,14 @@ class Client:
             raise self._failure(error) from error
         return response, started
 
+    def _drop(self, response: http.client.HTTPResponse) -> None:
+        """Close both: with ``Connection: close`` the socket belongs to the response."""
+        response.close()
+        self._connect().close()
+
     def _status_error(self, response: http.client.HTTPResponse, path: str) -> StatusError:
         said = one_line(response.read(4096).decode("utf-8", "replace"))
-        self._connect().close()  # what is left of a long answer must not be taken for the next one
+        self._drop(response)  # what is left of a long answer must not be taken for the next one
         hints = {
             401: "; set api_key_env to the name of the variable that holds the key",
             404: "; check the address and the model's name",
@@ -154,10 +165,10 @@ class Client:
         try:
             data = response.read(LONGEST + 1)
         except (OSError, http.client.HTTPException) as error:
-            self._connect().close()
+            self._drop(response)
             raise self._failure(error) from error
         if len(data) > LONGEST:
-            self._connect().close()
+            self._drop(response)
             raise OptkitError(f"{self.url}{path} answered with more than {LONGEST} bytes")
         try:
             return json.loads(data)
@@ -171,7 +182,7 @@ class Client:
             raise self._failure(error) from error
         finally:
             if not response.isclosed():
-                self._connect().close()
+                self._drop(response)
 
     def _collect(self, response: http.client.HTTPResponse, where: str, started: float) -> Answer:
         texts: list[str] = []

@@ -17,12 +17,19 @@ from optkit import Claims, Engine, Options, Technique, TrialContext, Unavailable
 from optkit_plugins._openai import Client, check_url, is_loopback
 
 EXAMPLE = "--set endpoint.url=http://127.0.0.1:8000"
+#: The model is the server's: nothing that changes a local one would have an effect.
+LOCAL_CHANGES = frozenset(
+    {
+        "weights-quantized", "weights-opaque", "weights-changed", "weights-elsewhere", "architecture-changed", "adapter",
+        "python-in-forward",
+    }
+)  # fmt: skip
 
 
 class EndpointOptions(Options):
     url: str | None = Field(None, description="address of the server, with or without /v1; required")
     model: str | None = Field(None, description="name of the model there; default the first that /v1/models lists")
-    api: Literal["completions", "chat"] = Field("completions", description="completions sends the prompt as it is, chat as a user's message")
+    api: Literal["completions", "chat"] = Field("completions", description="completions sends the prompt as it is, chat as a message")
     api_key_env: str | None = Field(None, description="name of the environment variable that holds the key")
     concurrency: int = Field(8, ge=1, le=1024, description="requests at a time; at most the samples of a batch (batch.size)")
     timeout_seconds: float = Field(120.0, gt=0, description="seconds that one answer may take")
@@ -37,10 +44,7 @@ technique = Technique(
     roles=frozenset({"load", "engine"}),
     honours=frozenset({"generate.max_new_tokens"}),
     adds=frozenset({"outside-torch"}),
-    # the model is the server's: nothing that changes a local one would have an effect
-    refuses=frozenset(
-        {"weights-quantized", "weights-opaque", "weights-changed", "weights-elsewhere", "architecture-changed", "adapter", "python-in-forward"}
-    ),
+    refuses=LOCAL_CHANGES,
     tasks=frozenset({"generate"}),
     options=EndpointOptions,
     paper="https://platform.openai.com/docs/api-reference/completions",
@@ -77,9 +81,14 @@ def build_engine(trial: TrialContext) -> Engine:
     if options.api_key_env and not key:
         raise UnavailableError(f"endpoint: the environment variable {options.api_key_env} (option api_key_env) is not set")
     client = Client(options.url, api_key=key, timeout=options.timeout_seconds)
+    try:
+        model = options.model or client.first_model()
+    except BaseException:
+        client.close()
+        raise
     engine = OpenAIEngine(
         client,
-        options.model or client.first_model(),
+        model,
         trial.tokenizer,
         chat=options.api == "chat",
         stream=options.stream,

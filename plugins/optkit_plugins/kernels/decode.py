@@ -4,12 +4,12 @@ Everything that a step reads or writes lives in buffers of fixed shape and addre
 written next, and what sampling needs. So the step compiles once a bucket (rows × columns), can be recorded as a CUDA graph, and the
 host has nothing to do between two steps but to start the next one.
 
-Columns are absolute: prompts are padded on the left to ``prompt`` columns, and a row's first real token is at column ``start[row]``.
+Columns are absolute: prompts are padded on the left, and a row's first real token is at column ``start[row]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-#: Steps between two looks at whether all texts have ended. A look costs a CPU a few microseconds, a GPU nothing: it is read later.
-STEPS_PER_LOOK = 4
 
 
 class FixedLayer(CacheLayerMixin):
@@ -40,9 +37,7 @@ class FixedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         def allocate(states: torch.Tensor) -> torch.Tensor:
-            buffer = states.new_zeros(self.rows, states.shape[1], self.columns, states.shape[3])
-            torch._dynamo.mark_static_address(buffer)
-            return buffer
+            return fixed(states.new_zeros(self.rows, states.shape[1], self.columns, states.shape[3]))
 
         self.keys, self.values = allocate(key_states), allocate(value_states)
         self.is_initialized = True
@@ -69,6 +64,12 @@ class FixedLayer(CacheLayerMixin):
         return self.columns
 
 
+def fixed(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, marked as one whose address never changes: CUDA graphs then write to it in place."""
+    torch._dynamo.mark_static_address(tensor)
+    return tensor
+
+
 @dataclass(frozen=True)
 class Sampler:
     """How the next token is drawn from logits (rows, vocabulary), on the device and without the host.
@@ -92,40 +93,61 @@ class Sampler:
             return scores.argmax(-1)
         for warper in self.warpers:
             scores = warper(None, scores)
-        # argmax of p/Exp(1) is a draw from p: no host, no search, and allowed in a CUDA graph (unlike multinomial).
+        # argmax of p / Exp(1) is a draw from p: no search, no host, and allowed in a CUDA graph (unlike multinomial).
         return (scores.softmax(-1) / torch.empty_like(scores).exponential_()).argmax(-1)
 
 
 class Slot:
-    """Buffers of one bucket, and the compiled step over them."""
+    """The buffers of one bucket, and the step over them.
 
-    def __init__(self, model: PreTrainedModel, rows: int, columns: int, sampler: Sampler, eos: Sequence[int]):
+    :ivar texts: (rows, columns) tokens, prompts and continuations. :ivar column: (1,) the column of the newest token.
+    :ivar start: (rows, 1) column of each row's first token. :ivar done: (rows,) whether the row's text has ended.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, rows: int, columns: int, sampler: Sampler, eos: Collection[int], *, additive_mask: bool = False
+    ):
         config = model.config.get_text_config(decoder=True)
-        device = model.device
-
-        def buffer(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            made = torch.zeros(shape, dtype=dtype, device=device)
-            torch._dynamo.mark_static_address(made)
-            return made
-
-        self.model, self.sampler = model, sampler
-        self.rows, self.columns = rows, columns
-        self.texts = buffer(rows, columns)
-        self.column = buffer(1)
-        self.start = buffer(rows, 1)
-        self.done = buffer(rows, dtype=torch.bool)
-        self.forbidden = buffer(config.vocab_size, dtype=torch.bool)
-        self.used = buffer(rows, config.vocab_size, dtype=torch.bool) if sampler.penalty != 1.0 else None
-        self.eos = torch.tensor(sorted(eos), dtype=torch.int64, device=device) if eos else None
-        self.all_columns = torch.arange(columns, device=device)
-        self.layers = [FixedLayer(rows, columns, self.column) for _ in range(config.num_hidden_layers)]
-        self.cache = Cache(layers=self.layers)
+        vocabulary, device = model.get_output_embeddings().weight.shape[0], model.device
+        self.model, self.sampler, self.rows, self.columns = model, sampler, rows, columns
+        self.texts = fixed(torch.zeros(rows, columns, dtype=torch.int64, device=device))
+        self.column = fixed(torch.zeros(1, dtype=torch.int64, device=device))
+        self.start = fixed(torch.zeros(rows, 1, dtype=torch.int64, device=device))
+        self.done = fixed(torch.zeros(rows, dtype=torch.bool, device=device))
+        self.forbidden = fixed(torch.zeros(vocabulary, dtype=torch.bool, device=device))
+        self.used = fixed(torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)) if sampler.penalty != 1.0 else None
+        self.eos = fixed(torch.tensor(sorted(eos), dtype=torch.int64, device=device)) if eos else None
+        self.all_columns = fixed(torch.arange(columns, device=device))
         self.windows = mask_windows(model)
+        self.mask_dtype = model.dtype if additive_mask else None
+        self.layers = [FixedLayer(rows, columns, self.column) for _ in range(config.num_hidden_layers)]
+        self.cache = Cache(layers=list(self.layers))
 
-    def prefill(self, ids: torch.Tensor, mask: torch.Tensor, *, exact: bool, forbid_eos: bool) -> None:
-        """Read left-padded prompts (real rows, prompt columns), and write the first new token."""
+    def prefill(self, ids: torch.Tensor, mask: torch.Tensor, *, forbid_eos: bool) -> None:
+        """Read left-padded prompts, (real rows, prompt columns), and write their first new token."""
         rows, columns = ids.shape
-        self.done.fill_(exact)
+        self._reset(ids, mask, forbid_eos)
+        for layer in self.layers:
+            layer.prefill_columns = columns
+        try:
+            logits = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp_(min=0),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+        finally:
+            for layer in self.layers:
+                layer.prefill_columns = None
+        every_row = logits.new_zeros(self.rows, logits.shape[-1])
+        every_row[:rows] = logits
+        self._append(every_row)
+
+    def _reset(self, ids: torch.Tensor, mask: torch.Tensor, forbid_eos: bool) -> None:
+        rows, columns = ids.shape
+        self.done.zero_()
         self.done[rows:] = True
         self.forbidden.zero_()
         if forbid_eos and self.eos is not None:
@@ -133,42 +155,34 @@ class Slot:
         self.start.zero_()
         self.start[:rows, 0] = columns - mask.sum(1)
         self.texts[:rows, :columns] = ids
+        self.column.fill_(columns - 1)
         if self.used is not None:
             self.used.zero_()
-            self.used[:rows].scatter_(1, ids.where(mask.bool(), ids[:, -1:]), True)
-        self.column.fill_(columns - 1)
-        positions = (mask.cumsum(1) - 1).clamp_(min=0)
-        for layer in self.layers:
-            layer.prefill_columns = columns
-        logits = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        ).logits[:, -1]
-        for layer in self.layers:
-            layer.prefill_columns = None
-        self._write(logits.new_zeros(self.rows, logits.shape[-1]).index_copy_(0, torch.arange(rows, device=ids.device), logits))
+            self.used[:rows].scatter_(1, ids.where(mask.bool(), ids[:, -1:]), True)  # padding counts as the last token, not as itself
 
-    def step(self) -> torch.Tensor:
+    def step(self) -> None:
         """One token a row. This is what is compiled."""
-        positions = (self.column - self.start).clamp(min=0)
         logits = self.model(
             input_ids=self.texts.index_select(1, self.column),
             attention_mask=self._masks(),
-            position_ids=positions,
+            position_ids=self.column - self.start,
             past_key_values=self.cache,
             use_cache=True,
         ).logits[:, -1]
-        return self._write(logits)
+        self._append(logits)
 
     def _masks(self) -> Any:
-        """Boolean masks (rows, 1, 1, columns), by layer type where the model asks for it."""
+        """Masks of shape (rows, 1, 1, columns), by layer type where the model asks for it."""
         seen = (self.all_columns <= self.column) & (self.all_columns >= self.start)
-        masks = {
-            kind: (seen if window is None else seen & (self.all_columns > self.column - window))[:, None, None, :]
-            for kind, window in self.windows.items()
-        }
+        masks = {}
+        for kind, window in self.windows.items():
+            mask = seen if window is None else seen & (self.all_columns > self.column - window)
+            if self.mask_dtype is not None:
+                mask = torch.zeros_like(mask, dtype=self.mask_dtype).masked_fill(~mask, torch.finfo(self.mask_dtype).min)
+            masks[kind] = mask[:, None, None, :]
         return masks.get("", masks)
 
-    def _write(self, logits: torch.Tensor) -> torch.Tensor:
+    def _append(self, logits: torch.Tensor) -> None:
         tokens = self.sampler.pick(logits, self.used, self.forbidden)
         if self.used is not None:
             self.used.scatter_(1, tokens[:, None], True)
@@ -176,7 +190,6 @@ class Slot:
             self.done.logical_or_(torch.isin(tokens, self.eos))
         self.column.add_(1)
         self.texts.index_copy_(1, self.column, tokens[:, None])
-        return tokens
 
 
 def mask_windows(model: PreTrainedModel) -> dict[str, int | None]:
@@ -187,3 +200,27 @@ def mask_windows(model: PreTrainedModel) -> dict[str, int | None]:
     if kinds is None:
         return {"": window}
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
+
+
+class EndWatch:
+    """Tells whether all texts have ended, one look late, so that a GPU never waits for the host.
+
+    At most two looks are under way: the host cannot run further ahead of the device than that.
+    """
+
+    def __init__(self, done: torch.Tensor):
+        self.done = done
+        self.pending: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def ended(self) -> bool:
+        if self.done.device.type != "cuda":
+            return bool(self.done.all())
+        earlier, answer = self.pending, torch.empty((), dtype=torch.bool, pin_memory=True)
+        answer.copy_(self.done.all(), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.pending = (answer, event)
+        if earlier is None:
+            return False
+        earlier[1].synchronize()
+        return bool(earlier[0])

@@ -1,0 +1,86 @@
+"""Attention as a compiled engine needs it: the same values as the model's own implementation, without copies and needless masks.
+
+Registered with transformers beside the implementation that the model has, and switched on only while the engine computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Attention = Callable[..., tuple[torch.Tensor, Any]]
+
+
+def grouped_decode(attend: Attention) -> Attention:
+    """``attend``, but where one query meets grouped heads the query heads of a group become the rows of one attention.
+
+    With a mask, SDPA cannot group heads itself, and repeating K and V copies the whole *allocated* cache for every layer and step.
+    """
+
+    def attention(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, Any]:
+        rows, heads, length, size = query.shape
+        groups = getattr(module, "num_key_value_groups", 1)
+        if length != 1 or groups == 1 or attention_mask is None:
+            return attend(module, query, key, value, attention_mask, **kwargs)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query.view(rows, heads // groups, groups, size), key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
+        )
+        return out.reshape(rows, 1, heads, value.shape[-1]), None
+
+    return attention
+
+
+def causal_without_padding(
+    *, q_length: Any, kv_length: Any, attention_mask: Any = None, local_size: int | None = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """transformers' SDPA mask for rows padded on the *right*: no token looks to its right, so padding needs no mask.
+
+    Without a mask SDPA takes its causal kernel; under ``torch.compile`` transformers itself would always build one.
+    """
+    if local_size is None and q_length == kv_length:
+        return None
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=None, local_size=local_size, **kwargs)
+
+
+class EngineAttention:
+    """The implementations of one model's engine: ``decode`` for one query a row, ``score`` for whole right-padded rows."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.configs = list({id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values())
+        self.own = str(model.config._attn_implementation)
+        self.names = {"decode": self.own, "score": self.own}
+        #: bool masks work for everything built on SDPA, eager attention adds its mask to the scores
+        self.additive_mask = self.own == "eager"
+        if self.own in ALL_ATTENTION_FUNCTIONS and ALL_MASK_ATTENTION_FUNCTIONS.get(self.own) is sdpa_mask:
+            attend = ALL_ATTENTION_FUNCTIONS[self.own]
+            self.names = {"decode": f"optkit_decode_{self.own}", "score": f"optkit_score_{self.own}"}
+            AttentionInterface.register(self.names["decode"], grouped_decode(attend))
+            AttentionMaskInterface.register(self.names["decode"], sdpa_mask)
+            AttentionInterface.register(self.names["score"], attend)
+            AttentionMaskInterface.register(self.names["score"], causal_without_padding)
+
+    @property
+    def usable(self) -> bool:
+        """Whether a mask of fixed shape can be given: not with flash-attn and FlexAttention, which take their own forms."""
+        return self.additive_mask or self.names["decode"] != self.own
+
+    @contextmanager
+    def use(self, purpose: str) -> Iterator[None]:
+        for config in self.configs:
+            config._attn_implementation = self.names[purpose]
+        try:
+            yield
+        finally:
+            for config in self.configs:
+                config._attn_implementation = self.own
