@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,20 +83,16 @@ def optimize(
     :raises UsageError: for unknown names or options, and for techniques that do not go together (``PlanConflict``, with every reason).
     :raises UnavailableError: for a technique whose requirements are missing.
     """
-    import dataclasses
-
     from optkit.machine import detect
+    from optkit.profile import load_profile
 
-    device = model.device.type
     machine = detect()
-    if machine.device != device:
-        machine = dataclasses.replace(machine, device=device)  # a model on the CPU of a GPU machine is optimized for the CPU
+    if machine.device != model.device.type == "cpu":
+        machine = load_profile("cpu").as_machine(machine)  # a model on the CPU of a GPU machine is optimized for the CPU
     registry = registry or discover()
     options, wishes = split_options(set or {}, origin="set=")
     choices = [Choice(name, options.pop(name, {})) for name in plugins]
     if profile and not plugins:
-        from optkit.profile import load_profile
-
         defaults = load_profile(profile).defaults
         choices = [Choice(name, dict(default.options) | options.pop(name, {}), because=default.because) for name, default in defaults.items()]
     if options:
@@ -103,9 +101,9 @@ def optimize(
         raise UsageError(f"set= names options of '{next(iter(options))}', which is not among the plugins")
     plan = make_plan(registry, machine, task, choices, wishes)
     source = ModelSource(name="given", kind="folder", location=getattr(model.config, "_name_or_path", "") or ".")
-    folder = tempfile.TemporaryDirectory(prefix="optkit-")
-    session = Session(registry, plan, source, machine, Path(folder.name), seed=seed)
-    session._folder = folder  # type: ignore[attr-defined]  # lives as long as the session
+    folder = tempfile.mkdtemp(prefix="optkit-")
+    session = Session(registry, plan, source, machine, Path(folder), seed=seed)
+    weakref.finalize(session, shutil.rmtree, folder, ignore_errors=True)
     session.load(model, tokenizer)
     session.transform(calibration)
     session.build()

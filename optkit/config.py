@@ -68,7 +68,7 @@ def parse_value(text: str) -> Any:
         return None
     if re.fullmatch(r"[+-]?\d{1,18}", text):
         return int(text)
-    if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d{1,3})?", text):
+    if re.fullmatch(r"[+-]?((\d+\.\d*|\.\d+)([eE][+-]?\d{1,3})?|\d+[eE][+-]?\d{1,3})", text):
         return float(text)
     return text
 

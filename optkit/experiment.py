@@ -170,8 +170,8 @@ def execute(request: Request) -> dict[str, Any]:
     if lacking:
         raise UnavailableError(lacking)
     fallback = silent_cpu_fallback(here)
-    if fallback and request.profile == "auto":
-        raise UnavailableError(f"{fallback}. To measure the CPU on purpose, say --profile cpu")
+    if fallback and (request.profile == "auto" or setup.profile.device == "cuda"):
+        raise UnavailableError(fallback)
     return Experiment(setup).run()
 
 

@@ -105,7 +105,7 @@ class Server:
         self._buffer = b""
         self._descriptors: list[int] = []
         self._selector = selectors.DefaultSelector()
-        # From Python 3.12 on: threads that an import started (OpenBLAS's) know about fork, or are not the trial's matter.
+        # Python 3.12 warns of every thread; those of numeric libraries (OpenBLAS) prepare themselves for a fork.
         warnings.filterwarnings("ignore", ".*is multi-threaded, use of fork", DeprecationWarning)
 
     def serve(self, imports: Sequence[str]) -> None:

@@ -84,15 +84,8 @@ def built_in_folder() -> Path:
 
 def generic(machine: Machine) -> dict[str, Any]:
     """Facts and careful defaults for a GPU that no profile describes."""
-    capability = machine.compute_capability or (0, 0)
-    half, why = ("float16", "there is no bf16 before Ampere (sm_80)")
-    if capability >= (8, 0):
-        half, why = ("bfloat16", "Ampere and later compute in bf16, which has float32's range")
-    defaults: dict[str, Any] = {"flash": {"because": "fused attention writes no matrix of all pairs of tokens; the backend is measured"}}
-    if capability >= (7, 0):
-        defaults["compile"] = {"because": "small batches wait for kernel launches; one compiled step removes them"}
-    if capability >= (5, 3):
-        defaults["precision"] = {"options": {"dtype": half}, "because": why}
+    template = _parse(built_in_folder() / "detected" / "gpu.toml")
+    capability = list(machine.compute_capability or (0, 0))
     memory_gb = round(machine.memory_bytes / 2**30, 1)
     return {
         "device": "cuda",
@@ -100,10 +93,18 @@ def generic(machine: Machine) -> dict[str, Any]:
         "memory_gb": memory_gb,
         "compute_capability": machine.compute_capability,
         "sources": {"memory_gb": "the driver of this machine", "compute_capability": "the driver of this machine"},
-        "defaults": defaults,
+        "defaults": {
+            row["technique"]: {"options": row.get("options", {}), "because": row["because"]}
+            for row in template["defaults"]
+            if row.get("at_least", [0]) <= capability < row.get("below", [1000])
+        },
         "tasks": {
-            task: {"batch_size": max(1, int(memory_gb // gb)), "sequence_length": 2048, "because": f"one sample for each {gb} GB of memory"}
-            for task, gb in (("generate", 2), ("score", 8), ("train", 24))
+            task: {
+                "batch_size": max(1, int(memory_gb // row["gb_a_sample"])),
+                "sequence_length": row["sequence_length"],
+                "because": f"a sample for each {row['gb_a_sample']} GB of memory",
+            }
+            for task, row in template["tasks"].items()
         },
     }
 

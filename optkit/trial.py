@@ -206,6 +206,8 @@ class TrialServer:
         process, self._process = self._process, None
         assert process is not None
         self.selector.unregister(self._control)
+        with suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)  # closing is not enough where the caller has forked in between
         self._control.close()
         with suppress(subprocess.TimeoutExpired):
             process.wait(patience)

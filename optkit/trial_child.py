@@ -128,14 +128,14 @@ def cannot_use_fork() -> str | None:
 
 
 def _prepare(setup: dict[str, Any]) -> None:
-    """What a fresh Python would have: its own environment, module path and random numbers. Then the memory limit."""
+    """What a fresh Python would have: environment, module path and random numbers of its own. Then the memory limit."""
     from optkit.processes import limit_memory
 
     os.environ.update(setup["env"])
     sys.path[:] = setup["sys_path"]
     importlib.invalidate_caches()
-    if "numpy" in sys.modules:  # os.fork() seeds Python's own generator anew; torch's starts from a constant anyway
-        sys.modules["numpy"].random.seed()
+    if "numpy.random" in sys.modules:  # os.fork() seeds Python's generator anew; torch's starts from a constant anyway
+        sys.modules["numpy.random"].seed()
     if setup["memory_limit_bytes"] is not None:
         limit_memory(setup["memory_limit_bytes"])
 

@@ -197,6 +197,8 @@ def test_a_made_profile_asks_old_gpus_for_nothing_that_they_lack() -> None:
     defaults = load_profile("auto", machine=pascal).defaults
     assert "compile" not in defaults  # Triton begins with Volta
     assert defaults["precision"].options == {"dtype": "float16"}
+    unknown = load_profile("auto", machine=replace(pascal, compute_capability=None))
+    assert list(unknown.defaults) == ["flash"]
 
 
 def test_a_machine_that_a_profile_is_not_is_told_in_one_line() -> None:

@@ -235,6 +235,19 @@ def test_a_crash_is_named_by_its_signal_and_the_log_shows_where(trial: TrialProc
     assert failure_of(trial, "add", number=1).reason == reason
 
 
+def test_an_answer_counts_even_if_the_end_is_heard_of_first(
+    server: TrialServer, trial: TrialProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = trial.call("pid")
+    trial.start("answer_and_leave")
+    assert_gone(pid)
+    assert select.select([server._control], [], [], 5.0)[0]
+    select_in_order = server.selector.select
+    monkeypatch.setattr(server.selector, "select", lambda timeout: select_in_order(timeout)[::-1])
+    assert trial.wait() == "last words"
+    assert failure_of(trial, "pid").reason == "it ended with exit status 0 and without an answer"
+
+
 def test_an_exit_without_an_answer_is_a_failure_whatever_its_status(server: TrialServer) -> None:
     for status, state in ((0, "failed"), (3, "crashed")):
         trial = server.spawn(TARGET, {}, name="exit")
@@ -299,7 +312,7 @@ def test_a_kill_from_outside_is_told_as_such(trial: TrialProcess) -> None:
 
 
 def test_the_kernels_oom_kill_is_oom(trial: TrialProcess) -> None:
-    group = Path("/sys/fs/cgroup/memory/optkit-test")
+    group = Path(f"/sys/fs/cgroup/memory/optkit-test-{os.getpid()}")
     try:
         group.mkdir()
     except OSError as error:
@@ -355,6 +368,14 @@ def test_a_killed_server_is_reported_leaves_nobody_behind_and_is_replaced(tmp_pa
         assert again.call("add", number=1) == 2 and server.pid != first
 
 
+def test_trials_die_with_their_server_at_once_even_if_the_caller_looks_elsewhere(tmp_path: Path) -> None:
+    with TrialServer(imports=(), log_folder=tmp_path) as server:
+        pid = server.spawn(TARGET, {}, name="x").call("pid")
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        assert_gone(pid)
+
+
 def test_close_ends_everything_and_a_closed_server_starts_nothing(tmp_path: Path) -> None:
     with TrialServer(imports=(), log_folder=tmp_path) as server:
         trial = server.spawn(TARGET, {}, name="left")
@@ -370,13 +391,17 @@ def test_close_ends_everything_and_a_closed_server_starts_nothing(tmp_path: Path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_ctrl_c_and_the_death_of_the_caller_orphan_nobody(tmp_path: Path, number: signal.Signals) -> None:
     script = """
-        import json, sys
+        import json, os, signal, sys
         from pathlib import Path
         from optkit.trial import TrialServer
         with TrialServer(imports=(), log_folder=Path(sys.argv[1])) as server:
             trials = [server.spawn("trial_targets:Target", {}, name="x") for _ in range(2)]
             pids = [server.pid] + [trial.call("pid") for trial in trials] + [trials[0].call("detach", then="")]
             trials[0].start("hang_deaf")
+            holder = os.fork()  # it inherits the caller's end of the sockets, and outlives it
+            if holder == 0:
+                signal.pause()
+            pids.append(holder)
             trials[1].call("hang_deaf", on_progress=lambda _: print(json.dumps(pids), flush=True))
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
@@ -385,9 +410,10 @@ def test_ctrl_c_and_the_death_of_the_caller_orphan_nobody(tmp_path: Path, number
         arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as caller:
         assert caller.stdout and caller.stderr
-        pids = json.loads(caller.stdout.readline())
+        *pids, holder = json.loads(caller.stdout.readline())
         caller.send_signal(number)
         assert_gone(caller.pid, *pids)
+        os.kill(holder, signal.SIGKILL)
         assert ("KeyboardInterrupt" in caller.stderr.read()) == (number == signal.SIGINT)
 
 
@@ -456,7 +482,7 @@ def test_without_fork_a_trial_is_a_fresh_python_with_the_same_behaviour(tmp_path
 
 
 def test_threaded_torch_works_in_trials_forked_after_its_import(tmp_path: Path) -> None:
-    with TrialServer(imports=("torch",), env={"OMP_NUM_THREADS": "2"}, log_folder=tmp_path) as server:
+    with TrialServer(imports=("torch", "numpy.random"), env={"OMP_NUM_THREADS": "2"}, log_folder=tmp_path) as server:
         for name in ("first", "second"):
             trial = server.spawn(TARGET, {}, name=name)
             assert trial.call("facts")["torch"]  # it was there before the target was

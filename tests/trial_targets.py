@@ -9,13 +9,15 @@ import signal
 import sys
 from typing import Any
 
-from optkit.trial_child import report_progress
+from optkit import trial_child
+from optkit.forkserver import report_progress
 
 
 class Target:
     calls = (
         "echo", "add", "raise_error", "exit_by", "leave", "segfault", "abort", "allocate", "hang", "hang_deaf", "detach",
-        "flood", "count", "facts", "matmul", "not_a_number", "hang_up", "pid",
+        "flood",
+        "count", "facts", "matmul", "not_a_number", "hang_up", "pid", "answer_and_leave",
     )  # fmt: skip
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -39,6 +41,11 @@ class Target:
 
     def leave(self, status: int) -> None:
         os._exit(status)
+
+    def answer_and_leave(self) -> None:
+        assert trial_child._channel
+        trial_child._channel.send(trial_child.encode({"ok": "last words"}, "an answer"))
+        os._exit(0)
 
     def segfault(self) -> None:
         ctypes.string_at(0)
@@ -139,7 +146,5 @@ VARIABLE = os.environ.get("OPTKIT_TEST_VARIABLE")
 
 
 def short_lines(spec: dict[str, Any]) -> Target:
-    from optkit import trial_child
-
     trial_child.MAX_LINE_BYTES = 10_000
     return Target(spec)

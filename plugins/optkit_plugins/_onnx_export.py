@@ -11,31 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from optkit import OptkitError
+from optkit_plugins._cache_inputs import cache_shapes, with_cache_inputs
 
 #: Sizes of the example that is traced: all different, and none of them 0 or 1, which torch.export takes for constants.
 BATCH, TOKENS, PAST = 2, 3, 5
 #: The loggers of the exporter that tell of operators it leaves out because torchvision is not there. Language models use none.
 NOISY_LOGGER = "torch.onnx._internal.exporter._registration"
-
-
-def cache_shapes(model: Any) -> list[tuple[int, int, int]]:
-    """(heads, width of a key, width of a value) of each layer, read from the cache of a real forward pass: configs name them differently.
-
-    :raises OptkitError: for a model that keeps something else than keys and values between tokens.
-    """
-    import torch
-    from transformers import DynamicCache
-
-    ids = torch.tensor([[0, 0]], device=model.device)
-    with torch.no_grad():
-        output = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
-    layers = getattr(getattr(output, "past_key_values", None), "layers", [])
-    if not layers or any(getattr(layer, "keys", None) is None or layer.keys.dim() != 4 for layer in layers):
-        raise OptkitError(
-            f"{type(model).__name__} keeps something else than keys and values between tokens, which this export has no inputs for; "
-            "leave out the technique that exports it"
-        )
-    return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
 
 
 def input_names(layers: int) -> list[str]:
@@ -91,32 +72,6 @@ def export(model: Any, path: Path, *, opset: int) -> int:
         assert program is not None  # only the old exporter gives None
         program.save(str(path))
     return sum(1 for _ in program.model.graph)
-
-
-def with_cache_inputs(model: Any) -> Any:
-    """A module of (ids, mask, positions, key and value of each layer) that gives (logits, new key and value of each layer).
-
-    The cache is built inside and without the config: every layer then keeps all tokens, and a sliding window is left to the mask.
-    """
-    from torch import nn
-    from transformers import DynamicCache
-
-    class WithCacheInputs(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, *past: Any) -> tuple[Any, ...]:
-            cache = DynamicCache()
-            for layer in range(len(past) // 2):
-                cache.update(past[2 * layer], past[2 * layer + 1], layer)
-            output = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
-            )
-            present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
-            return (output.logits, *present)
-
-    return WithCacheInputs().eval()
 
 
 @contextlib.contextmanager
