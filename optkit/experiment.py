@@ -254,7 +254,7 @@ class Experiment:
         timed = record is None
         protocol = self.protocol if timed else compare.Protocol(rounds=0, timeout=self.request.timeout)
         started = time.time()
-        with TrialServer(env=environment, log_folder=cache / "logs") as server:
+        with TrialServer(imports=preloaded(setup), env=environment, log_folder=cache / "logs") as server:
             comparison = compare.Comparison(server, arms, protocol, self.request.seed, self.request.progress)
             comparison.run(lambda arm: self._inspect(comparison, arm, timed))
         if not timed:
@@ -368,6 +368,18 @@ class Experiment:
             row["quality"], _ = self.memo.compute("metrics", compute, spec) if not (hit := self.memo.lookup("metrics", spec)) else (hit.value, None)
             row["predictions_from"] = "memo" if self.from_memo.get(row["name"]) else "measured"
         result["outputs"] = {name: [row.get("text") for row in rows[:50]] for name, rows in self.predictions.items()}
+
+
+def preloaded(setup: Setup) -> list[str]:
+    """Modules that the trials need and that only define things: imported once, by the server, instead of in each process."""
+    from optkit.estimate import read_config
+
+    modules = ["torch", "transformers", "optkit.predictions", "optkit.runner", "optkit.loading", "torch.profiler"]
+    modules += [f"transformers.{name}" for name in ("generation.utils", "models.auto.modeling_auto", "models.auto.tokenization_auto")]
+    kind = (read_config(setup.source) or {}).get("model_type", "")
+    if kind.isidentifier():
+        modules.append(f"transformers.models.{kind}.modeling_{kind}")
+    return modules + list(dict.fromkeys(name for plan in setup.plans for step in plan.steps for name in step.technique.preload))
 
 
 def arm_row(arm: compare.Arm, plan: Plan, proof: dict[str, Any]) -> dict[str, Any]:

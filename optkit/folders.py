@@ -70,16 +70,10 @@ def make_cache_folder(folder: str | os.PathLike[str]) -> None:
     if is_cache_folder(folder):
         return
     make_private_folder(folder)
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # two processes may make it at once: the second must not see the first's half
-        if is_cache_folder(folder):
-            return
-        if not is_empty(folder):
-            raise OptkitError(f"{folder} is no cache folder of optkit's and holds other files: choose an empty or a new folder")
+    if is_empty(folder):
         write_durably(os.path.join(folder, TAG_NAME), _TAG)
-    finally:
-        os.close(handle)
+    elif not is_cache_folder(folder):  # asked again: another process may have made it one, and its tag came before all else
+        raise OptkitError(f"{folder} is no cache folder of optkit's and holds other files: choose an empty or a new folder")
 
 
 def is_cache_folder(folder: str | os.PathLike[str] | int) -> bool:

@@ -75,6 +75,9 @@ def main(config: dict[str, Any]) -> None:
     if "channel" in config:
         sys.exit(serve_trial(socket.socket(fileno=config["channel"])))
     Server(socket.socket(fileno=config["control"]), config["parent"], fork=config["fork"]).serve(config["imports"])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the caller waits: tearing down what was imported would take longer than all of the above
 
 
 @dataclass

@@ -76,6 +76,7 @@ class Technique(BaseModel):
     :param lossy: outputs are expected to differ from the untouched model's beyond rounding.
     :param requires: distributions needed, as PEP 508 strings.
     :param extra: the extra of the plugin's distribution that installs them.
+    :param preload: modules that its trials import anyway, and that only define things when imported: the server imports them once.
     :param tested_on: the devices on which it was really run, such as ``"cpu"`` or ``"NVIDIA H200"``; empty when nobody ran it.
     """
 
@@ -97,6 +98,7 @@ class Technique(BaseModel):
     devices: frozenset[Literal["cpu", "cuda"]] = frozenset({"cpu", "cuda"})
     requires: tuple[str, ...] = ()
     extra: str | None = None
+    preload: tuple[str, ...] = ()
     options: type[Options] = Options
     paper: str = ""
     tested_on: tuple[str, ...] = ()

@@ -116,6 +116,8 @@ def serve_trial(connection: socket.socket) -> int:
     close = getattr(handler, "close", None)
     if callable(close):
         close()
+    del handler, close
+    gc.collect()  # what its parts do when they are no longer needed, such as removing temporary folders
     return 0
 
 

@@ -16,6 +16,7 @@ from optkit.processes import signal_name
 State = Literal["ok", "failed", "oom", "crashed", "timeout", "killed", "unavailable", "skipped"]
 STATES: tuple[State, ...] = get_args(State)
 
+_REASON_CHARACTERS = 300
 _LOG_TAIL_BYTES, _LOG_TAIL_LINES = 16384, 60
 
 
@@ -62,6 +63,12 @@ def classify(exited: dict[str, Any], log_tail: str) -> tuple[State, str]:
     if number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         return "killed", f"{signal_name(number)}, which optkit did not send ({memory})"
     return "crashed", signal_name(number)
+
+
+def one_line(message: str) -> str:
+    """A message as a table can show it: CUDA's is a paragraph of advice. The traceback has all of it."""
+    words = " ".join(message.split())
+    return words if len(words) <= _REASON_CHARACTERS else words[: _REASON_CHARACTERS - 1] + "…"
 
 
 def new_log(folder: Path, name: str) -> tuple[Path, int]:

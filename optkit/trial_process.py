@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from optkit.errors import OptkitError
 from optkit.trial_child import MAX_LINE_BYTES, decode, encode
-from optkit.trial_outcome import ResourceUse, State, TrialFailed, classify, tail_of
+from optkit.trial_outcome import ResourceUse, State, TrialFailed, classify, one_line, tail_of
 
 if TYPE_CHECKING:
     from optkit.trial import TrialServer
@@ -98,7 +98,7 @@ class TrialProcess:
         if "error" not in answer:
             return answer["ok"]
         error = answer["error"]
-        reason = f"{error['type']}: {error['message']}" if error["message"] else error["type"]
+        reason = one_line(f"{error['type']}: {error['message']}" if error["message"] else error["type"])
         raise self._failure("oom" if error["oom"] else "failed", reason, error["traceback"])
 
     def end(self, timeout: float = 10.0) -> ResourceUse:

@@ -37,6 +37,17 @@ def exit_status(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def has_ended(child: int) -> bool:
+    """Whether a child is over. Its exit status can still be asked for."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def waits_for_a_lock(handle: int) -> bool:
+    """Whether some process waits for the lock (flock) on an open file."""
+    inode = str(os.fstat(handle).st_ino)
+    return any("->" in line and line.split()[6].endswith(f":{inode}") for line in Path("/proc/locks").read_text().splitlines())
+
+
 def run_together(*functions: Callable[[], object]) -> list[int]:
     """Run each function in a child of its own, released at once; how each ended."""
     held, gate = os.pipe()

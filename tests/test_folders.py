@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temp_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
 
 
+def test_a_write_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    order: list[str] = []
+    for name in ("fsync", "rename"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *arguments, name=name, real=real: (order.append(name), real(*arguments)))
+    folders.write_durably(str(tmp_path / "file"), b"data")
+    assert order == ["fsync", "rename", "fsync"]
+    assert (tmp_path / "file").read_bytes() == b"data"
+
+
 def test_a_lock_is_let_go_and_its_file_removed(tmp_path):
     path = str(tmp_path / "lock")
     waits: list[str] = []
@@ -113,6 +124,22 @@ def test_a_lock_is_let_go_and_its_file_removed(tmp_path):
     assert not os.path.exists(path)
     folders.release(path, folders.acquire(path, lambda: waits.append("second")))
     assert waits == []
+
+
+def test_who_waited_holds_the_lock_that_others_will_ask_for(tmp_path):
+    """Not the file that the holder before removed."""
+    path = str(tmp_path / "lock")
+    first = folders.acquire(path, _leave)
+    waiting = threading.Event()
+    second: list[int] = []
+    waiter = threading.Thread(target=lambda: second.append(folders.acquire(path, waiting.set)))
+    waiter.start()
+    assert waiting.wait(60)
+    folders.release(path, first)
+    waiter.join()
+    with pytest.raises(BlockingIOError):
+        folders.acquire(path, _leave)
+    folders.release(path, second[0])
 
 
 def _leave() -> None:

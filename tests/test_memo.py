@@ -277,6 +277,15 @@ def test_what_was_used_least_recently_goes_first(memo):
     assert os.stat(paths["d"]).st_mtime == 997
 
 
+def test_the_newest_result_stays_even_if_the_clock_went_back(memo):
+    for x in "ab":
+        memo.compute("metrics", lambda spec: "v" * 1000, {"x": x})
+        os.utime(memo.lookup("metrics", {"x": x}).path, (2**32, 2**32))
+    Memo(memo.folder, size_limit_bytes=2500, warn=pytest.fail).compute("metrics", lambda spec: "v" * 1000, {"x": "c"})
+    assert memo.lookup("metrics", {"x": "c"})
+    assert memo.info()["entries"] == 2
+
+
 def test_a_result_beyond_the_size_limit_is_returned_and_not_kept(memo):
     memo.compute("metrics", lambda spec: "small", {"x": 1})
     said: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -18,7 +19,17 @@ import pytest
 import optkit.store
 from optkit.errors import OptkitError
 from optkit.store import RecordStore
-from tests.faults import exit_status, file_size_limit, fork, killed_at_each_line, public_folder, read_only, run_together
+from tests.faults import (
+    exit_status,
+    file_size_limit,
+    fork,
+    has_ended,
+    killed_at_each_line,
+    public_folder,
+    read_only,
+    run_together,
+    waits_for_a_lock,
+)
 
 
 @pytest.fixture
@@ -129,6 +140,8 @@ def test_a_torn_tail_is_one_reported_row_and_harms_no_other(store):
         found = store.read()
         assert (found.rows[:-1], len(found.problems)) == (kept, reported)
         assert found.rows[-1]["id"] == new
+        last = store.path.read_bytes().split(b"\n")[-2]
+        assert last + b"\n" == sealed(found.rows[-1])  # on a line of its own
         assert found.problems[:1] == [f"{store.path}:3: row left out: it is damaged or was cut short (its digest does not fit)"][:reported]
 
 
@@ -199,6 +212,32 @@ def test_four_writers_of_400_rows_each_keep_all(store):
     assert len({row["id"] for row in rows}) == 1600
     for writer in range(4):
         assert [row["n"] for row in rows if row["writer"] == writer] == list(range(400))
+
+
+@pytest.mark.parametrize("use", ["read", "latest", "append"])
+def test_everybody_waits_for_the_write_in_progress(store, use):
+    rows = filled(store, 1)
+    second = {"schema": 1, "id": "second", "time": 1.0}
+
+    def child() -> None:
+        if use == "read":
+            assert store.read() == ([*rows, second], [])
+        elif use == "latest":
+            assert store.latest(lambda row: True) == second
+        else:
+            store.append({"n": "third"})
+
+    with open(store.path, "ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(sealed(second)[:80])
+        waiter = fork(child)
+        while not waits_for_a_lock(file.fileno()) and not has_ended(waiter):
+            os.sched_yield()
+        file.write(sealed(second)[80:])
+    assert exit_status(waiter) == 0
+    found = store.read()
+    assert found.rows[:2] == [*rows, second]
+    assert found.problems == []
 
 
 def test_readers_meet_no_half_of_a_row(store):

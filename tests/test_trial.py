@@ -119,8 +119,11 @@ def test_a_trial_is_as_fresh_as_a_new_python(server: TrialServer) -> None:
 def test_end_lets_the_target_close_itself_and_tells_what_was_used(server: TrialServer) -> None:
     trial = server.spawn("trial_targets:WithClose", {}, name="close")
     trial.call("allocate", size=200 * 2**20)
+    folder = Path(trial.call("folder_name"))
+    assert folder.is_dir()
     use = trial.end()
     assert trial.log_tail() == "closed by itself"
+    assert not folder.exists()
     assert use.exit_status == 0 and use.cpu_seconds is not None and use.cpu_seconds > 0
     assert use.max_rss_bytes is not None and 200 * 2**20 < use.max_rss_bytes < 400 * 2**20
     assert trial.end() == use
@@ -133,9 +136,15 @@ def test_end_lets_the_target_close_itself_and_tells_what_was_used(server: TrialS
 def test_an_exception_fails_the_call_with_its_reason_traceback_and_log(trial: TrialProcess) -> None:
     failure = failure_of(trial, "raise_error")
     assert (failure.state, failure.reason) == ("failed", "ValueError: a bad value")
-    assert 'raise ValueError("a bad value")' in failure.traceback
+    assert "raise ValueError(message)" in failure.traceback
     assert failure.log_tail == "about to raise"
     assert trial.usable and trial.call("add", number=1) == 41
+
+
+def test_the_reason_of_a_long_message_is_one_line_and_its_traceback_has_all(trial: TrialProcess) -> None:
+    failure = failure_of(trial, "raise_error", message="first\n  second " + "and on " * 100 + "to the end")
+    assert failure.reason.startswith("ValueError: first second and on") and len(failure.reason) == 300
+    assert "to the end" in failure.traceback
 
 
 def test_sys_exit_in_a_call_is_an_exception_like_any_other(trial: TrialProcess) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 from typing import Any
 
 from optkit import trial_child
@@ -15,9 +16,8 @@ from optkit.forkserver import report_progress
 
 class Target:
     calls = (
-        "echo", "add", "raise_error", "exit_by", "leave", "segfault", "abort", "allocate", "hang", "hang_deaf", "detach",
-        "flood",
-        "count", "facts", "matmul", "not_a_number", "hang_up", "pid", "answer_and_leave",
+        "echo", "add", "raise_error", "exit_by", "leave", "segfault", "abort", "allocate", "hang", "hang_deaf",
+        "detach", "flood", "count", "facts", "matmul", "not_a_number", "hang_up", "pid", "answer_and_leave",
     )  # fmt: skip
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -32,9 +32,9 @@ class Target:
     def pid(self) -> int:
         return os.getpid()
 
-    def raise_error(self) -> None:
+    def raise_error(self, message: str = "a bad value") -> None:
         print("about to raise")
-        raise ValueError("a bad value")
+        raise ValueError(message)
 
     def exit_by(self, status: int) -> None:
         sys.exit(status)
@@ -134,6 +134,15 @@ class NumPyTarget:
 
 
 class WithClose(Target):
+    calls = (*Target.calls, "folder_name")
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__(spec)
+        self.folder = tempfile.TemporaryDirectory()
+
+    def folder_name(self) -> str:
+        return self.folder.name
+
     def close(self) -> None:
         print("closed by itself")
 

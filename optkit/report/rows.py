@@ -36,11 +36,16 @@ def _row(arm: Record, record: Record) -> list[str]:
         percent(limit / seconds) if limit and seconds else "–",
         megabytes(arm["loaded"].get("bytes")),
         megabytes(arm["peak_bytes"]),
-        quality_cell(quality.get("perplexity"), lambda value: f"{value:.3f}" if value < 1e4 else f"{value:.3g}", 3),
+        quality_cell(quality.get("perplexity"), perplexity_text, 4),
         quality_cell(quality.get("exact_match"), lambda value: percent(value, 1), 1, scale=100),
         percent(quality["agreement"]["value"], 1) if "agreement" in quality else "–",
         f"{quality['kl']['value']:.2g}" if "kl" in quality else "–",
     ]
+
+
+def perplexity_text(value: float) -> str:
+    """Four decimals near 1, where a small model's answers are nearly certain; three significant digits far away."""
+    return f"{value:.4f}" if value < 10 else f"{value:.5g}" if value < 1e5 else f"{value:.3g}"
 
 
 def speed_up_cell(arm: Record, record: Record) -> str:

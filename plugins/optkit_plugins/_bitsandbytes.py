@@ -38,9 +38,11 @@ class FourBitOptions(Options):
     skip: tuple[str, ...] = Field((), description="name patterns of layers to leave alone, such as *.layers.0.*")
 
 
-def claims(task: str) -> Claims:
+def claims(options: FourBitOptions, task: str) -> Claims:
     """Frozen 4-bit weights do not learn: training needs an adapter beside them."""
-    return Claims(needs=frozenset({"adapter"})) if task == "train" else Claims()
+    scale_bits = 8 + 32 / 256 if options.double_quant else 32
+    needs = frozenset({"adapter"}) if task == "train" else frozenset()
+    return Claims(needs=needs, weight_bits=4 + scale_bits / options.blocksize)
 
 
 @contextlib.contextmanager
@@ -172,10 +174,7 @@ def register(model: PreTrainedModel, options: FourBitOptions, quant_type: str) -
         llm_int8_skip_modules=skip_list(list(_packed.plain_linears(model)), list(layers)),
     )
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
-    model.hf_quantizer = quantizer
-    quantizer.postprocess_model(model)
+    _packed.attach(model, quantizer)
 
 
 def skip_list(plain: list[str], packed: list[str]) -> list[str]:

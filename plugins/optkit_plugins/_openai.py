@@ -80,6 +80,15 @@ class Client:
         response, _ = self._send("GET", path, None)
         return self._json(response, path)
 
+    def status(self, path: str) -> int:
+        """The status of a GET whose answer is of no interest, such as ``/health``."""
+        try:
+            response, _ = self._send("GET", path, None)
+        except StatusError as error:
+            return error.status
+        self._drop(response)
+        return response.status
+
     def first_model(self) -> str:
         """The name of the first model that the server lists.
 
@@ -246,9 +255,10 @@ def piece(event: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
 def whole_answer(answer: Any, where: str) -> Answer:
     """The completion in an answer that came in one piece."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    text = message.get("content") if isinstance(message, dict) else choice.get("text") if isinstance(choice, dict) else None
+    choice: Any = choices[0] if isinstance(choices, list) and choices else None
+    choice = choice if isinstance(choice, dict) else {}
+    message = choice.get("message")
+    text = message.get("content") if isinstance(message, dict) else choice.get("text")
     if not isinstance(text, str):
         raise malformed(where, json.dumps(answer)[:200])
     ids = choice.get("token_ids")

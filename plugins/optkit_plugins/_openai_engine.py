@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,11 +27,11 @@ class OpenAIEngine(Engine):
 
     def __init__(
         self, client: Client, model: str, tokenizer: Any, *, chat: bool = False, stream: bool = True, token_ids: bool = False,
-        concurrency: int = 8, eos: frozenset[int] = frozenset(),
+        concurrency: int = 8, eos: frozenset[int] = frozenset(), on_close: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         self.name = f"{model} at {client.url}"
         self.client, self.model, self.tokenizer = client, model, tokenizer
-        self.chat, self.stream, self.token_ids, self.eos = chat, stream, token_ids, eos
+        self.chat, self.stream, self.token_ids, self.eos, self.on_close = chat, stream, token_ids, eos, on_close
         self.pool = ThreadPoolExecutor(concurrency, thread_name_prefix="optkit-openai")
         self.requests = 0
         #: whether the server took the fields that fix a text's length; ``None`` before the first try
@@ -113,3 +113,4 @@ class OpenAIEngine(Engine):
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.client.close()
+        self.on_close()

@@ -35,7 +35,9 @@ def refuse_quantized(model: PreTrainedModel, technique: str) -> None:
         return
     method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", "")
     method = getattr(method, "value", method)
-    raise UsageError(f"{technique}: the model's weights are quantized already ({method}); leave {technique} out, or load the full-precision model")
+    raise UsageError(
+        f"{technique}: the model's weights are quantized already ({method}); leave {technique} out, or load the full-precision model"
+    )
 
 
 def convert(model: PreTrainedModel, names: list[str], make: Any) -> dict[str, str]:
@@ -52,6 +54,14 @@ def convert(model: PreTrainedModel, names: list[str], make: Any) -> dict[str, st
         else:
             replace(model, name, made)
     return left
+
+
+def attach(model: Any, quantizer: Any) -> None:
+    """Make the model known to transformers as ``from_pretrained`` does, so that saving, loading, peft and ``generate`` know what it is."""
+    model.is_quantized = True
+    model.quantization_method = quantizer.quantization_config.quant_method
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
 
 
 def plain_linears(model: PreTrainedModel) -> Iterator[str]:

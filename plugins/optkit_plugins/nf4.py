@@ -34,8 +34,8 @@ technique = Technique(
 
 
 @hookimpl
-def configure(task: str) -> Claims:
-    return _bitsandbytes.claims(task)
+def configure(options: _bitsandbytes.FourBitOptions, task: str) -> Claims:
+    return _bitsandbytes.claims(options, task)
 
 
 @hookimpl

@@ -164,7 +164,7 @@ class OnnxEngine(Engine):
         import torch
 
         batch, total = mask.shape
-        shapes = [(batch, ids.shape[1], self.outputs[0].shape[2])]
+        shapes: list[tuple[int, ...]] = [(batch, ids.shape[1], self.outputs[0].shape[2])]
         shapes += [(batch, output.shape[1], total, output.shape[3]) for output in self.outputs[1:]]
         results = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes]
         held = [tensor.contiguous() for tensor in (ids, mask, positions, *past)]  # alive until the session has run

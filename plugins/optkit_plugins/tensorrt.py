@@ -23,7 +23,7 @@ HINT = "pip install 'torch-tensorrt>=2.11' (of the same version as torch, on Lin
 
 
 class TensorRTOptions(Options):
-    bucket: int = Field(256, ge=1, le=131072, description="lengths of keys and values are multiples of it: larger builds less often, copies more")
+    bucket: int = Field(256, ge=1, le=131072, description="keys and values have a multiple of this length; a larger one builds less often")
     min_block_size: int = Field(1, ge=1, description="fewest operators that become an engine; shorter runs of them stay in torch")
     optimization_level: int = Field(3, ge=0, le=5, description="how long TensorRT searches for kernels")
 

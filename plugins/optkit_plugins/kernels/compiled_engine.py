@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,10 @@ class Tally:
         """Run ``call`` and note the graphs that it compiled."""
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
         try:
-            return call()
+            with warnings.catch_warnings():
+                # torch's own compiler imports modules that still use torch.jit; nothing that a user could change
+                warnings.filterwarnings("ignore", message=r".*torch\.jit\.", category=DeprecationWarning)
+                return call()
         finally:
             new = counters["stats"]["unique_graphs"] - graphs
             self.graphs += new
