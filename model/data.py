@@ -72,8 +72,7 @@ class Stream:
         context = multiprocessing.get_context("spawn")
         self.results = context.Queue(maxsize=4 * workers)
         self.workers = [
-            context.Process(target=_work, args=(str(folder), seed, i, tokens, chunk, self.results), daemon=True)
-            for i in range(workers)
+            context.Process(target=_work, args=(str(folder), seed, i, tokens, chunk, self.results), daemon=True) for i in range(workers)
         ]
         for worker in self.workers:
             worker.start()

@@ -15,15 +15,12 @@ from model.frozen import BUNDLED, TESTS, read_test
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 MAX_NEW_TOKENS = 72
 BITS = (8, 4, 3, 2)
 
 
-def greedy_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], batch: int = 64
-) -> list[str]:
+def greedy_answers(model: Any, tokenizer: Any, prompts: list[str], batch: int = 64) -> list[str]:
     """The greedy continuation of each prompt, without special tokens; prompts of like length go together."""
     import torch
 
@@ -43,13 +40,14 @@ def greedy_answers(
     return answers
 
 
-def answer_nll(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, samples: list[dict[str, str]], batch: int = 64
-) -> float:
-    """Mean negative log-likelihood, in nats a token, of the right answers (with eos) after their prompts."""
+def mean_nll(model: Any, tokenizer: Any, samples: list[dict[str, str]], batch: int = 64) -> dict[str, float]:
+    """Mean negative log-likelihood, in nats a token, of the right ``answer`` (with eos) and of the ``prompt``.
+
+    In float64: the right tokens' probabilities are within 1e-5 of one, where float32 has few digits left.
+    """
     import torch
 
-    total, count = 0.0, 0
+    total, count = {"answer": 0.0, "prompt": 0.0}, {"answer": 0, "prompt": 0}
     for start in range(0, len(samples), batch):
         rows, starts = [], []
         for sample in samples[start : start + batch]:
@@ -58,15 +56,15 @@ def answer_nll(
             rows.append([*prompt, *answer, tokenizer.eos_token_id])
             starts.append(len(prompt))
         length = max(map(len, rows))
-        table = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
-        table = table.to(model.device)
+        table = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows]).to(model.device)
         with torch.inference_mode():
-            logits = model(input_ids=table).logits.float()
-        logp = logits[:, :-1].log_softmax(-1).gather(-1, table[:, 1:, None]).squeeze(-1)
+            logp = model(input_ids=table).logits[:, :-1].double().log_softmax(-1)
+        logp = logp.gather(-1, table[:, 1:, None]).squeeze(-1)
         for i, (row, first) in enumerate(zip(rows, starts, strict=True)):
-            total -= logp[i, first - 1 : len(row) - 1].double().sum().item()
-            count += len(row) - first
-    return total / count
+            for part, low, high in (("prompt", 0, first - 1), ("answer", first - 1, len(row) - 1)):
+                total[part] -= logp[i, low:high].sum().item()
+                count[part] += high - low
+    return {part: total[part] / count[part] for part in total}
 
 
 def wilson_interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -89,17 +87,17 @@ def round_weights(model: torch.nn.Module, bits: int, group: int = 64) -> None:
             module.weight.data = ((groups / scale).round().clamp(-top, top) * scale).reshape(weight.shape)
 
 
-def measure(model: Any, tokenizer: Any, samples: list[dict[str, str]]) -> dict[str, Any]:
-    """Exact match with its interval, and the answers' negative log-likelihood."""
+def measure(model: Any, tokenizer: Any, samples: list[dict[str, str]]) -> tuple[dict[str, Any], list[str]]:
+    """Exact match with its 95 % interval and the right answers' negative log-likelihood; the greedy answers."""
     answers = greedy_answers(model, tokenizer, [sample["prompt"] for sample in samples])
     hits = sum(answer == sample["answer"] for answer, sample in zip(answers, samples, strict=True))
     low, high = wilson_interval(hits, len(samples))
-    nll = answer_nll(model, tokenizer, samples)
-    return {"n": len(samples), "exact": hits, "rate": hits / len(samples), "low": low, "high": high, "nll": nll}
+    figures = {"n": len(samples), "exact": hits, "rate": hits / len(samples), "low": low, "high": high}
+    return figures | {"nll": mean_nll(model, tokenizer, samples)["answer"]}, answers
 
 
 def measure_damage(folder: Path, samples: list[dict[str, str]]) -> list[dict[str, float]]:
-    """For 32, 8, 4, 3 and 2 bits: exact match, agreement with the untouched model, negative log-likelihood."""
+    """For 32, 8, 4, 3 and 2 bits: exact match, agreement with the untouched model, negative log-likelihoods."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -112,11 +110,13 @@ def measure_damage(folder: Path, samples: list[dict[str, str]]) -> list[dict[str
             round_weights(model, bits)
         answers = greedy_answers(model, tokenizer, prompts)
         untouched = untouched or answers
+        nll = mean_nll(model, tokenizer, samples)
         rows.append({
             "bits": bits,
             "exact": sum(a == s["answer"] for a, s in zip(answers, samples, strict=True)) / len(samples),
             "agreement": sum(a == b for a, b in zip(answers, untouched, strict=True)) / len(samples),
-            "nll": answer_nll(model, tokenizer, samples),
+            "nll": nll["answer"],
+                "prompt_nll": nll["prompt"],
         })  # fmt: skip
     return rows
 
@@ -125,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=BUNDLED)
     parser.add_argument("--limit", type=int, default=500, help="samples a test")
+    parser.add_argument("--damage", type=int, default=200, help="samples for the damage by rounding; 0 for none")
     parser.add_argument("--show", type=int, default=0, help="wrong answers to print, a test")
     arguments = parser.parse_args()
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -133,19 +134,14 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.folder).eval()
     for split in TESTS:
         samples = read_test(split)[: arguments.limit]
-        print(json.dumps({"test": split, **measure(model, tokenizer, samples)}), flush=True)
-        if arguments.show:
-            show_errors(model, tokenizer, samples, arguments.show)
-    for row in measure_damage(arguments.folder, read_test("seeds")[: min(arguments.limit, 200)]):
-        print(json.dumps(row), flush=True)
-
-
-def show_errors(model: Any, tokenizer: Any, samples: list[dict[str, str]], limit: int) -> None:
-    """Print prompts with a wrong answer, the right one below."""
-    answers = greedy_answers(model, tokenizer, [sample["prompt"] for sample in samples])
-    wrong = [(s, a) for s, a in zip(samples, answers, strict=True) if s["answer"] != a]
-    for sample, answer in wrong[:limit]:
-        print(f"{sample['prompt']}\n  got  {answer}\n  want {sample['answer']}")
+        figures, answers = measure(model, tokenizer, samples)
+        print(json.dumps({"test": split, **figures}), flush=True)
+        wrong = [(s, a) for s, a in zip(samples, answers, strict=True) if s["answer"] != a]
+        for sample, answer in wrong[: arguments.show]:
+            print(f"{sample['prompt']}\n  got  {answer}\n  want {sample['answer']}", flush=True)
+    if arguments.damage:
+        for row in measure_damage(arguments.folder, read_test("seeds")[: arguments.damage]):
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

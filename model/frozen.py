@@ -8,18 +8,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
 from model import grammar
 from model.data import encode_orders
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 BUNDLED = Path(__file__).parents[1] / "optkit" / "bundled"
 TESTS = ("seeds", "names", "recombined")
 SIZE = 500
 
 
-def draw_test(split: str, tokenizer, size: int = SIZE) -> list[grammar.Order]:
+def draw_test(split: str, tokenizer: Tokenizer, size: int = SIZE) -> list[grammar.Order]:
     """The orders of one frozen test, always the same ones; none longer than the model's training allowed."""
-    rng, orders, seen = Random(f"frozen-{split}"), [], set()
+    rng, seen = Random(f"frozen-{split}"), set()
+    orders: list[grammar.Order] = []
     while len(orders) < size:
         order = grammar.draw_order(rng, split)
         if order.prompt not in seen and encode_orders(tokenizer, [order]):

@@ -5,9 +5,11 @@ in either case. Every letter group of a held-out name has such pairs, so no held
 one, can be a training name. Held-out names also use two shapes that training never shows (CamelCase, joined words).
 """
 
+# ruff: noqa: SIM905 - words in a row read better than a list literal
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from functools import cache
 from random import Random
 
@@ -36,7 +38,7 @@ def letter_groups(name: str) -> list[str]:
 
 
 def _syllables(rng: Random) -> str:
-    parts = []
+    parts: list[str] = []
     for _ in range(rng.choice((2, 2, 2, 3, 3, 4))):
         parts += (rng.choice(ONSETS), rng.choice(NUCLEI))
     return "".join(parts) + rng.choice(CODAS)
@@ -55,7 +57,7 @@ def _cased(rng: Random, word: str) -> str:
     return word.capitalize() if draw < 0.5 else word if draw < 0.82 else word.upper()
 
 
-def _allowed(rng: Random, make, held_out: bool, wanted: int = 1) -> str:
+def _allowed(rng: Random, make: Callable[[Random], str], held_out: bool, wanted: int = 1) -> str:
     """Draw letter groups until one is on the asked side of the split."""
     while True:
         word = make(rng)

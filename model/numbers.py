@@ -3,6 +3,7 @@
 Rule that makes them unambiguous: three digits after a separator are thousands, one or two are decimals.
 """
 
+# ruff: noqa: SIM905 - words in a row read better than a list literal
 from __future__ import annotations
 
 from random import Random
@@ -13,12 +14,9 @@ SPANISH_ONES = (
     "veintiocho veintinueve"
 ).split()
 SPANISH_TENS = "_ _ _ treinta cuarenta cincuenta sesenta setenta ochenta noventa".split()
-SPANISH_HUNDREDS = (
-    "_ ciento doscientos trescientos cuatrocientos quinientos seiscientos setecientos ochocientos novecientos"
-).split()
+SPANISH_HUNDREDS = ("_ ciento doscientos trescientos cuatrocientos quinientos seiscientos setecientos ochocientos novecientos").split()
 ENGLISH_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 ).split()
 ENGLISH_TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
 

@@ -18,6 +18,7 @@ from model import grammar
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 VOCAB_SIZE = 1152
 MERGES = 192
@@ -26,7 +27,7 @@ KEYS = "items|product|quantity|unit|price|currency|due"
 PATTERN = "|".join([rf'[\]}}{{",]+(?:{KEYS})":[\[]?"?', r" ?=>", r"\"?\}", r" ?\p{L}+", r"\d", r" ?[^\s\p{L}\d]", r"\s"])
 
 
-def _splitter():
+def _splitter() -> PreTokenizer:
     from tokenizers import Regex, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
@@ -35,7 +36,8 @@ def _splitter():
 
 def _words(seed: int, count: int) -> Counter[str]:
     """How often each piece of the pre-tokenizer occurs in ``count`` training orders."""
-    splitter, rng, seen = _splitter(), Random(seed), Counter()
+    splitter, rng = _splitter(), Random(seed)
+    seen: Counter[str] = Counter()
     for _ in range(count):
         order = grammar.draw_order(rng)
         seen.update(piece for piece, _ in splitter.pre_tokenize_str(order.prompt + order.answer))
@@ -83,9 +85,7 @@ def build_tokenizer(seed: int = 0, samples: int = 60_000) -> Tokenizer:
     tokenizer.pre_tokenizer = _splitter()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocab["<s>"])]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocab["<s>"])])
     return tokenizer
 
 

@@ -212,7 +212,7 @@ def report(
     last: Annotated[int, typer.Option("--last", help="How many of the newest runs.", min=1)] = 1,
     list_only: Annotated[bool, typer.Option("--list", help="One line a run.")] = False,
     run_id: Annotated[str | None, typer.Option("--id", help="One run, by its id.")] = None,
-    format: Annotated[str, typer.Option(help="human, markdown or json.")] = "human",
+    format: Annotated[str, typer.Option(help="human, markdown, svg or json.")] = "human",
     output: opt.Output = None,
 ) -> None:
     """Show recorded runs again."""
@@ -223,13 +223,14 @@ def report(
         typer.echo(f"warning: {problem}", err=True)
     if not records:
         raise OptkitError("no recorded runs" + (f" with the id '{run_id}'" if run_id else "") + "; `optkit run` makes one")
-    text = history.render(records, format, list_only)
-    if output:
-        Path(output).write_text(text, encoding="utf-8")
-    elif format == "human":
+    if format == "human" and not output:
         from optkit.report.terminal import console
 
         console().print(history.view(records, list_only))
+        return
+    text = history.render(records, format, list_only)
+    if output:
+        Path(output).write_text(text, encoding="utf-8")
     else:
         typer.echo(text)
 
@@ -257,9 +258,10 @@ def export(
 
 
 def _write(path: str, record: dict[str, Any]) -> None:
-    from optkit.report import markdown
+    from optkit.report import history
 
-    text = markdown.render(record) if path.endswith(".md") else json.dumps(record, indent=2, ensure_ascii=True) + "\n"
+    format = {".md": "markdown", ".svg": "svg"}.get(Path(path).suffix, "json")
+    text = history.render([record], format, False) if format != "json" else json.dumps(record, indent=2, ensure_ascii=True) + "\n"
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:

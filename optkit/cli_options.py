@@ -56,7 +56,7 @@ StoreText = Annotated[bool, typer.Option("--store-text/--no-store-text", help="K
 ProfilesDir = Annotated[list[str] | None, _option("--profiles-dir", help="A folder with profiles of your own.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")]
 Format = Annotated[str, _option("--format", help="human or json.")]
-Output = Annotated[str | None, typer.Option("--output", help="Also write the result to this file (.json or .md).")]
+Output = Annotated[str | None, typer.Option("--output", help="Also write the result to this file (.json, .md or .svg).")]
 
 
 def defaults_from_files(context: typer.Context) -> dict[str, dict[str, Any]]:

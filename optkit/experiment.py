@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ DEFAULT_LIMIT = 200
 #: Samples that are timed, and new tokens of each, unless asked otherwise.
 TIMED_SAMPLES, TIMED_TOKENS = 8, 32
 CALIBRATION_SAMPLES = 64
+SHOWN_OUTPUTS = 50
 #: Share of the device's memory that all arms together may take to be measured in turns.
 FITTING_SHARE = 0.85
 
@@ -203,12 +206,11 @@ class Experiment:
             for plan in self.setup.all_plans:
                 self._look_up(plan)
         complete = all(plan.name in self.predictions for plan in self.setup.all_plans if not _failed_in(record, plan.name))
-        if record is not None and complete:
-            result = dict(record)
-        else:
-            result = self._measure(record)
-        self._add_quality(result)
+        result = dict(record) if record is not None and complete else self._measure(record)
+        if not result.get("measured_now"):
+            self._add_quality(result)
         result["saved_seconds"] = self.saved_seconds
+        result["outputs"] = {name: [row.get("text") for row in rows[:SHOWN_OUTPUTS]] for name, rows in self.predictions.items()}
         return result
 
     def timing_spec(self) -> dict[str, Any]:
@@ -238,6 +240,7 @@ class Experiment:
         cache = cache_folder(self.request.cache_dir)
         make_cache_folder(cache)
         make_private_folder(cache / "inductor")
+        self.folder = new_run_folder(cache)
         environment = {
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
             "TRITON_CACHE_DIR": str(cache / "inductor" / "triton"),
@@ -246,7 +249,7 @@ class Experiment:
         }
         if setup.source.kind != "hub":
             environment |= {"HF_HUB_OFFLINE": "1"}
-        arms = [compare.Arm(plan.name, self._spec(plan)) for plan in setup.all_plans]
+        arms = [compare.Arm(plan.name, self.trial_spec(plan)) for plan in setup.all_plans]
         self.proofs: dict[str, dict[str, Any]] = {}
         self.facts: dict[str, Any] = {}
         self.reference: dict[str, Any] = {}
@@ -254,19 +257,23 @@ class Experiment:
         timed = record is None
         protocol = self.protocol if timed else compare.Protocol(rounds=0, timeout=self.request.timeout)
         started = time.time()
-        with TrialServer(imports=preloaded(setup), env=environment, log_folder=cache / "logs") as server:
+        with TrialServer(imports=preloaded(setup), env=environment, log_folder=self.folder / "logs") as server:
             comparison = compare.Comparison(server, arms, protocol, self.request.seed, self.request.progress)
             comparison.run(lambda arm: self._inspect(comparison, arm, timed))
+        if all(arm.ok for arm in arms):  # logs of a failed trial stay, for whoever looks into it
+            shutil.rmtree(self.folder, ignore_errors=True)
         if not timed:
             assert record is not None
             return dict(record)
         row = self._record(comparison, started)
+        self._add_quality(row)
         row["id"] = self.store.append(row)
         row["time"] = started
         row["measured_now"] = True
         return row
 
-    def _spec(self, plan: Plan) -> dict[str, Any]:
+    def trial_spec(self, plan: Plan) -> dict[str, Any]:
+        """What the process of one plan is told."""
         setup = self.setup
         watch = {"task": setup.task, "steps": _all_steps(setup.plans), "settings": []} if plan is setup.baseline else None
         calibration = setup.samples.samples[-CALIBRATION_SAMPLES:]
@@ -282,6 +289,7 @@ class Experiment:
             "new_tokens": self.timed_tokens(),
             "threads": setup.machine.cpu_cores,
             "seed": self.request.seed,
+            "folder": str(self.folder),
         }
 
     def _inspect(self, comparison: compare.Comparison, arm: compare.Arm, timed: bool) -> None:
@@ -365,9 +373,19 @@ class Experiment:
                 row["quality"] = compute({})
                 continue
             spec = {"rows": digest(rows), "baseline": digest(other), "samples": self.setup.samples.digest, "code": self.identity["optkit"]}
-            row["quality"], _ = self.memo.compute("metrics", compute, spec) if not (hit := self.memo.lookup("metrics", spec)) else (hit.value, None)
+            hit = self.memo.lookup("metrics", spec)  # without joblib, which a hit does not need
+            row["quality"] = hit.value if hit else self.memo.compute("metrics", compute, spec)[0]
             row["predictions_from"] = "memo" if self.from_memo.get(row["name"]) else "measured"
-        result["outputs"] = {name: [row.get("text") for row in rows[:50]] for name, rows in self.predictions.items()}
+
+
+def new_run_folder(cache: Path) -> Path:
+    """A folder for one run's logs and for its trials' files; those of runs older than a week are removed."""
+    runs = cache / "runs"
+    make_private_folder(runs)
+    for old in runs.iterdir():
+        if time.time() - old.stat().st_mtime > 7 * 86400:
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=runs))
 
 
 def preloaded(setup: Setup) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,20 @@ def export_model(request: Any, folder: Path) -> dict[str, Any]:
     :return: ``folder``, ``files``, ``bytes``, ``writer``, ``check`` in words, and ``largest_difference`` in nats a token.
     :raises UsageError: when the folder is not empty. :raises OptkitError: when a loaded copy scores differently.
     """
-    from optkit.experiment import Experiment, prepare
+    from optkit.experiment import Experiment, new_run_folder, prepare
     from optkit.trial import TrialServer
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"'{folder}' is not an empty folder; export writes a new one")
     setup = prepare(request)
     plan = setup.plans[-1] if setup.plans else setup.baseline
-    experiment = Experiment(setup)
-    spec = experiment._spec(plan)
-    folder.mkdir(parents=True, exist_ok=True)
     cache = cache_folder(request.cache_dir)
     make_cache_folder(cache)
-    with TrialServer(env={"HF_HUB_OFFLINE": "1"}, log_folder=cache / "logs") as server:
+    experiment = Experiment(setup)
+    experiment.folder = new_run_folder(cache)
+    spec = experiment.trial_spec(plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TrialServer(env={"HF_HUB_OFFLINE": "1"}, log_folder=experiment.folder / "logs") as server:
         writer = server.spawn("optkit.exporting:Exporter", spec, name="export")
         request.progress(1, 3, "loading and transforming")
         facts = writer.call("export", folder=str(folder.resolve()), timeout=request.timeout)
@@ -48,6 +50,7 @@ def export_model(request: Any, folder: Path) -> dict[str, Any]:
         else:
             facts |= {"check": f"written in {facts['writer']}'s own format, which its own library reads back", "largest_difference": None}
             facts.pop("scores")
+    shutil.rmtree(experiment.folder, ignore_errors=True)
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {"folder": str(folder), "files": len(files), "bytes": sum(path.stat().st_size for path in files), **facts}
 

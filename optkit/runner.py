@@ -34,12 +34,12 @@ class Runner:
         self.threads: int = spec["threads"]
         self.samples = [Sample(**row) for row in spec["timing_samples"]]
         self.calibration = [Sample(**row) for row in spec["calibration"]]
-        self.folder = tempfile.TemporaryDirectory(prefix="optkit-trial-")
+        folder = tempfile.mkdtemp(prefix="trial-", dir=spec["folder"])  # the parent removes it, whatever happens to this process
         registry = discover()
         plan = rebuild_plan(registry, self.machine, spec["plan"])
         watch = rebuild_plan(registry, self.machine, spec["watch"]).steps if spec.get("watch") else ()
         self.session = Session(
-            registry, plan, ModelSource(**spec["source"]), self.machine, Path(self.folder.name), seed=spec["seed"], watch=watch,
+            registry, plan, ModelSource(**spec["source"]), self.machine, Path(folder), seed=spec["seed"], watch=watch,
             report=lambda text: report_progress(text=text),
         )  # fmt: skip
 

@@ -135,6 +135,7 @@ def _append_line(path: Path, line: bytes) -> None:
             os.ftruncate(handle, size)
             raise
     finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough where another thread forked meanwhile
         os.close(handle)
 
 

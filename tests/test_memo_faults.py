@@ -17,7 +17,7 @@ import pytest
 
 import optkit.memo
 import optkit.memo_backend  # imports joblib here, not in a child
-from optkit import folders, memo_entry
+from optkit import folders
 from optkit.errors import OptkitError
 from optkit.memo import Memo
 from optkit.memo_entry import Key
@@ -235,7 +235,7 @@ def test_a_kill_at_any_line_leaves_the_old_entry_or_the_new_one(memo, entry, war
         memo.compute("metrics", lambda spec: "new", SPEC, force=True)
 
     seen: list[Any] = []
-    for _ in killed_at_each_line(write, [optkit.memo, optkit.memo_backend, memo_entry, folders]):
+    for _ in killed_at_each_line(write, [optkit.memo, folders]):
         seen.append(memo.lookup("metrics", SPEC).value)
         assert seen[-1] in (VALUE, "new")
     assert seen[0] == VALUE

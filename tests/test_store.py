@@ -234,6 +234,7 @@ def test_everybody_waits_for_the_write_in_progress(store, use):
         while not waits_for_a_lock(file.fileno()) and not has_ended(waiter):
             os.sched_yield()
         file.write(sealed(second)[80:])
+        fcntl.flock(file, fcntl.LOCK_UN)  # the child has this descriptor too: closing it here would not let go
     assert exit_status(waiter) == 0
     found = store.read()
     assert found.rows[:2] == [*rows, second]

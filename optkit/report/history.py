@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Group
 
+from optkit.errors import UsageError
 from optkit.folders import records_folder
 from optkit.report import markdown
 from optkit.report.rows import speed_up_cell
@@ -31,6 +32,12 @@ def view(records: list[Record], list_only: bool) -> Any:
 def render(records: list[Record], format: str, list_only: bool) -> str:
     if format == "json":
         return json.dumps(records, indent=2, ensure_ascii=True) + "\n"
+    if format == "svg":
+        from optkit.report import picture
+
+        return picture.render(records[-1])
+    if format not in ("human", "markdown"):
+        raise UsageError(f"--format {format}: choose human, markdown, svg or json")
     if list_only:
         return markdown.table(OVERVIEW, overview_rows(records)) + "\n"
     return "\n".join(markdown.render(record) for record in records)

@@ -36,7 +36,7 @@ def _row(arm: Record, record: Record) -> list[str]:
         percent(limit / seconds) if limit and seconds else "–",
         megabytes(arm["loaded"].get("bytes")),
         megabytes(arm["peak_bytes"]),
-        quality_cell(quality.get("perplexity"), perplexity_text, 4),
+        quality_cell(quality.get("perplexity"), perplexity_text, 6 if quality.get("perplexity", {}).get("value", 2) < 1.01 else 3),
         quality_cell(quality.get("exact_match"), lambda value: percent(value, 1), 1, scale=100),
         percent(quality["agreement"]["value"], 1) if "agreement" in quality else "–",
         f"{quality['kl']['value']:.2g}" if "kl" in quality else "–",
@@ -44,8 +44,10 @@ def _row(arm: Record, record: Record) -> list[str]:
 
 
 def perplexity_text(value: float) -> str:
-    """Four decimals near 1, where a small model's answers are nearly certain; three significant digits far away."""
-    return f"{value:.4f}" if value < 10 else f"{value:.5g}" if value < 1e5 else f"{value:.3g}"
+    """Digits enough to tell apart answers that are nearly certain (perplexity 1), and no more where it is large."""
+    if value < 1.01:
+        return f"{value:.6f}"
+    return f"{value:.3f}" if value < 100 else f"{value:.5g}" if value < 1e5 else f"{value:.3g}"
 
 
 def speed_up_cell(arm: Record, record: Record) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -125,6 +126,8 @@ def _quiet() -> Iterator[None]:
 def load_torchao() -> None:
     with _quiet():
         import torchao.quantization  # noqa: F401
+    # Told once by the compiler of each kind of tensor: the hash that it takes instead is right, and slower.
+    warnings.filterwarnings("ignore", message="Int8Tensor does not implement _stable_hash_for_caching", category=UserWarning)
 
 
 def torchao_config(options: Int8Options, device: str) -> Any:

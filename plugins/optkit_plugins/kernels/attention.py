@@ -33,12 +33,21 @@ def grouped_decode(attend: Attention) -> Attention:
         groups = getattr(module, "num_key_value_groups", 1)
         if length != 1 or groups == 1 or attention_mask is None:
             return attend(module, query, key, value, attention_mask, **kwargs)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query.view(rows, heads // groups, groups, size), key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
-        )
-        return out.reshape(rows, 1, heads, value.shape[-1]), None
+        grouped = query.view(rows, heads // groups, groups, size)
+        out, weights = attend(UNGROUPED, grouped, key, value, attention_mask, **kwargs)  # (rows, groups, kv heads, size)
+        return out.transpose(1, 2).reshape(rows, 1, heads, -1), weights
 
     return attention
+
+
+class _Ungrouped(torch.nn.Module):
+    """Stands for an attention module with as many key heads as query heads."""
+
+    num_key_value_groups = 1
+    is_causal = False
+
+
+UNGROUPED = _Ungrouped()
 
 
 def causal_without_padding(
