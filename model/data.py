@@ -100,3 +100,5 @@ class Stream:
         """End the worker processes."""
         for worker in self.workers:
             worker.terminate()
+        for worker in self.workers:
+            worker.join()

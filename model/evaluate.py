@@ -71,7 +71,7 @@ def wilson_interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927)."""
     p = hits / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return (middle - half) / (1 + z * z / n), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def round_weights(model: torch.nn.Module, bits: int, group: int = 64) -> None:
@@ -116,7 +116,7 @@ def measure_damage(folder: Path, samples: list[dict[str, str]]) -> list[dict[str
             "exact": sum(a == s["answer"] for a, s in zip(answers, samples, strict=True)) / len(samples),
             "agreement": sum(a == b for a, b in zip(answers, untouched, strict=True)) / len(samples),
             "nll": nll["answer"],
-                "prompt_nll": nll["prompt"],
+            "prompt_nll": nll["prompt"],
         })  # fmt: skip
     return rows
 

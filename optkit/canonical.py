@@ -27,7 +27,7 @@ def canonical_json(value: Any) -> str:
         reason, *place = fault
         raise NotCanonical(f"{''.join(reversed(place)).lstrip('.') or 'the value'} {reason}")
     try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return _ENCODER.encode(value)
     except ValueError as error:  # an integer of more digits than Python is willing to print
         raise NotCanonical(f"the value cannot be written: {error}") from None
 
@@ -44,13 +44,17 @@ def sha256_hex(data: bytes) -> str:
 def parse(text: str | bytes) -> Any:
     """What canonical JSON says; ``ValueError`` for whatever is none (NaN and too deep nesting are none)."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return _DECODER.decode(text if isinstance(text, str) else text.decode("ascii"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
 def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is no JSON")
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _fault(value: Any, depth: int) -> list[str] | None:

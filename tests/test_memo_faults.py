@@ -303,6 +303,15 @@ def test_a_dead_holder_lets_the_next_caller_compute(memo, warnings):
     assert warnings == []
 
 
+def test_the_lock_file_of_a_dead_holder_does_not_stay(memo):
+    def die(spec: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert exit_status(fork(lambda: memo.compute("metrics", die, SPEC))) == -signal.SIGKILL
+    memo.compute("metrics", lambda spec: VALUE, {"another": 1})
+    assert sorted(path.suffix for path in memo.folder.iterdir()) == [".TAG", ".json"]
+
+
 def test_identical_callers_in_many_processes_compute_once(tmp_path):
     arrived, computed = tmp_path / "arrived", tmp_path / "computed"
     callers = 5

@@ -31,10 +31,10 @@ class Attention:
     """
 
     name: str
-    module: nn.Module
-    inputs: list[nn.Module]
-    output: nn.Module
-    norms: list[nn.Module]
+    module: Any
+    inputs: list[Any]
+    output: Any
+    norms: list[Any]
     query_heads: int
     kv_heads: int
     head_dim: int
@@ -69,7 +69,7 @@ def attentions(model: PreTrainedModel) -> list[Attention]:
 def _attention(name: str, module: nn.Module, config: Any) -> Attention:
     from torch import nn
 
-    children = dict(module.named_children())
+    children: dict[str, Any] = dict(module.named_children())
     inputs = next(([children[key] for key in keys] for keys in (INPUTS, FUSED) if all(key in children for key in keys)), None)
     output = next((children[key] for key in OUTPUTS if key in children), None)
     if inputs is None or output is None or not hasattr(module, "num_key_value_groups"):
@@ -108,8 +108,7 @@ def read(attention: Attention) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
     stacked = torch.cat([rows(linear) for linear in attention.inputs])
     query, key, value = (part.unflatten(0, (-1, attention.head_dim)) for part in stacked.split(attention.sizes))
-    output: Any = attention.output
-    return query, key, value, output.weight.detach().double().T.unflatten(0, (-1, attention.head_dim))
+    return query, key, value, attention.output.weight.detach().double().T.unflatten(0, (-1, attention.head_dim))
 
 
 def write(attention: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> None:
@@ -121,13 +120,12 @@ def write(attention: Attention, query: torch.Tensor, key: torch.Tensor, value: t
     stacked = torch.cat([query, key, value]).flatten(0, 1)
     pieces = stacked.split(attention.sizes) if len(attention.inputs) > 1 else (stacked,)
     for linear, rows in zip(attention.inputs, pieces, strict=True):
-        old: Any = linear.weight
+        old = linear.weight
         linear.weight = nn.Parameter(rows[:, :-1].to(old.dtype).contiguous(), requires_grad=old.requires_grad)
         if linear.bias is not None:
             linear.bias = nn.Parameter(rows[:, -1].to(old.dtype).contiguous(), requires_grad=old.requires_grad)
         linear.out_features = len(rows)
-    columns: Any = attention.output.weight
-    columns.data.copy_(output.flatten(0, 1).T)
+    attention.output.weight.data.copy_(output.flatten(0, 1).T)
     attention.module.num_key_value_groups = attention.query_heads // attention.kv_heads
     if hasattr(attention.module, "num_key_value_heads"):
         attention.module.num_key_value_heads = attention.kv_heads

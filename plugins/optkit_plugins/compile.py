@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Backend = Literal["inductor", "aot_eager", "cudagraphs", "eager"]
 Mode = Literal["auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
 
 class CompileOptions(Options):
     backend: Backend = Field("inductor", description="compiler backend of torch.compile; aot_eager compiles nothing and is for tests")
@@ -108,13 +110,12 @@ def prove_effect(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
     engine = trial.notes.get("engine")
     if engine is None:
         return {"graphs": 0, "graph_breaks": 0, "recompiles": 0, "buckets": [], "summary": "not compiled"}
-    tally = engine.tally
+    tally, arguments = engine.tally, engine.arguments
     return {
         "graphs": tally.graphs,
         "graph_breaks": tally.graph_breaks,
         "recompiles": tally.recompiles,
         "buckets": list(tally.buckets),
-        "cuda_graphs": engine.arguments.get("mode") in ("reduce-overhead", "max-autotune") or engine.arguments["backend"] == "cudagraphs",
-        "summary": f"{tally.graphs} graphs, {tally.graph_breaks} breaks, {tally.recompiles} recompiles; {', '.join(tally.buckets) or 'nothing'} "
-        "compiled",
+        "cuda_graphs": trial.device == "cuda" and (arguments["backend"] == "cudagraphs" or arguments.get("mode") in CUDA_GRAPH_MODES),
+        "summary": f"{tally.graphs} graphs, {tally.graph_breaks} breaks, {tally.recompiles} recompiles: {', '.join(tally.buckets) or 'unused'}",
     }

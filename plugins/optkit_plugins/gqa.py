@@ -61,9 +61,9 @@ def transform_model(model: PreTrainedModel, trial: TrialContext) -> None:
     check_ratio(before, options.ratio)
     # Everything that may refuse comes before the first change: a half-converted model helps nobody.
     width = modules.rotary_dim(model) if options.align else 0
-    blocks = [modules.key_blocks(attention, width) for attention in found] if options.align else [[] for _ in found]
-    metrics, tokens = input_metrics(model, found, trial) if options.align else ([None] * len(found), 0)
-    residuals = [convert(attention, options, *rest) for attention, *rest in zip(found, blocks, metrics, strict=True)]
+    blocks = [modules.key_blocks(attention, width) if options.align else [] for attention in found]
+    metrics, tokens = input_metrics(model, found, trial) if options.align else ([None for _ in found], 0)
+    residuals = [convert(*each, options) for each in zip(found, blocks, metrics, strict=True)]
     config.num_key_value_heads = before // options.ratio
     trial.notes["conversion"] = {
         "kv_heads_before": before,
@@ -82,7 +82,7 @@ def check_ratio(kv_heads: int, ratio: int) -> None:
 
 
 def convert(
-    attention: modules.Attention, options: GqaOptions, keys: list[alignment.Block], metric: torch.Tensor | None
+    attention: modules.Attention, keys: list[alignment.Block], metric: torch.Tensor | None, options: GqaOptions
 ) -> tuple[float, float]:
     """Merge the key and value heads of one module.
 
@@ -93,9 +93,10 @@ def convert(
 
     query, key, value, output = modules.read(attention)
     if not options.align:
-        pooled = [heads.unflatten(0, (-1, options.ratio)).mean(1) for heads in (key, value)]
-        modules.write(attention, query, *pooled, output)
-        return tuple(_spread(heads, options.ratio) for heads in (key, value))  # type: ignore[return-value]
+        residuals = _spread(key, options.ratio), _spread(value, options.ratio)
+        key, value = (heads.unflatten(0, (-1, options.ratio)).mean(1) for heads in (key, value))
+        modules.write(attention, query, key, value, output)
+        return residuals
     # Weighed columns: lengths in these coordinates are root mean squares over the inputs.
     weighed = [heads if metric is None else heads @ metric for heads in (query, key, value)]
     scales = weighed[1].square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-30)
@@ -135,9 +136,7 @@ def choose_groups(
     return alignment.group(KEY_SHARE * near[0] + near[1], options.ratio)
 
 
-def input_metrics(
-    model: PreTrainedModel, found: list[modules.Attention], trial: TrialContext
-) -> tuple[list[torch.Tensor | None], int]:
+def input_metrics(model: PreTrainedModel, found: list[modules.Attention], trial: TrialContext) -> tuple[list[torch.Tensor | None], int]:
     """For each module the Cholesky factor of its inputs' second moment on calibration text, and the tokens that were used."""
     import torch
 
@@ -147,7 +146,7 @@ def input_metrics(
         texts += [text] if text else []
         tokens += len(text)
     if not tokens:
-        return [None] * len(found), 0
+        return [None for _ in found], 0
     moments: dict[str, torch.Tensor] = {}
     hooks = [attention.inputs[0].register_forward_pre_hook(_adder(moments, attention.name)) for attention in found]
     try:
@@ -197,8 +196,8 @@ def prove_effect(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
     facts["kv_bytes_a_token_before"] = facts["kv_bytes_a_token"] * facts["kv_heads_before"] // heads
     lost = [sum(facts[name]) / len(facts[name]) for name in ("residual_keys", "residual_values")]
     facts["summary"] = (
-        f"{facts['kv_heads_before']} → {heads} KV heads, {facts['kv_bytes_a_token_before']:,} → {facts['kv_bytes_a_token']:,} bytes a token, "
-        f"residual {lost[0]:.2f} of keys, {lost[1]:.2f} of values"
+        f"{facts['kv_heads_before']} → {heads} KV heads, {facts['kv_bytes_a_token_before']:,} → {facts['kv_bytes_a_token']:,} bytes "
+        f"a token, residual {lost[0]:.2f} of keys, {lost[1]:.2f} of values"
     )
     return facts
 

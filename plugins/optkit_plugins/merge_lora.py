@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 from optkit import Claims, ModelSource, Options, Technique, UsageError, hookimpl
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from optkit import TrialContext
@@ -88,7 +87,9 @@ def transform_model(model: PreTrainedModel, trial: TrialContext) -> PreTrainedMo
     if problem:
         raise UsageError(f"merge-lora: {problem}")
     if getattr(model.config, "quantization_config", None) is not None:
-        raise UsageError("merge-lora: this model's weights are quantized, and a merge into them loses the adapter; merge into the full model")
+        raise UsageError(
+            "merge-lora: this model's weights are quantized, and a merge into them loses the adapter; merge into the full model"
+        )
     adapted = load(model, options.adapter)  # type: ignore[arg-type]
     config = adapted.peft_config["default"]
     layers = adapted_layers(adapted)
@@ -117,11 +118,15 @@ def load(model: PreTrainedModel, folder: Path) -> Any:
     with warnings.catch_warnings():
         # Weights that the adapter's file lacks would stay random, or at zero: an error here, not a warning.
         warnings.filterwarnings("error", message="Found missing adapter keys")
+        # refuse_tied says what that means here.
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
         try:
             return PeftModel.from_pretrained(model, str(folder), is_trainable=False, torch_device=str(model.device))
         except (RuntimeError, ValueError, UserWarning) as error:
             what = " ".join(str(error).split())[:300]
-            raise UsageError(f"merge-lora: the adapter in {folder} does not fit this model: {what}; name the model that it was trained on") from error
+            raise UsageError(
+                f"merge-lora: the adapter in {folder} does not fit this model: {what}; name the model that it was trained on"
+            ) from error
 
 
 def adapted_layers(adapted: Any) -> dict[str, Any]:
@@ -134,7 +139,7 @@ def refuse_tied(model: PreTrainedModel, layers: dict[str, Any]) -> None:
     """An embedding that is also the head cannot change in one of its two places."""
     if not getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False):
         return
-    shared = model.get_input_embeddings()
+    shared: Any = model.get_input_embeddings()
     shared = shared.get_base_layer() if hasattr(shared, "get_base_layer") else shared
     for name, layer in layers.items():
         if getattr(layer.get_base_layer(), "weight", None) is shared.weight:
@@ -149,7 +154,7 @@ def merge(layer: Any) -> tuple[float, float]:
 
     :return: size of the change relative to the weight, and the part of it that rounding to the weight's dtype took.
     """
-    base: nn.Module = layer.get_base_layer()
+    base = layer.get_base_layer()
     dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
     if not all(dtype.is_floating_point for dtype in dtypes.values()):
         raise UsageError(f"merge-lora: {type(base).__name__} stores integers; merge before quantizing")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from optkit import Claims, Engine, Limit, Machine, Options, Setting, Technique, TrialContext, UnavailableError, hookimpl
+from optkit import Claims, Engine, Limit, Machine, Options, OptkitError, Setting, Technique, TrialContext, UnavailableError, hookimpl
 from optkit.engine import end_of_text, pad_left, pad_right, pad_token, trim
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 GPU_HINT = "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu>=1.24'"
+#: Random tokens that check an export, and how far their scores may differ, in nats: rounding only.
+CHECKED_TOKENS = 24
+LIMIT_NATS = {"torch.float32": 1e-2, "torch.float16": 0.25}
 NO_BFLOAT16 = "ONNX Runtime implements few operators in bfloat16"
 
 
@@ -89,12 +92,15 @@ def _installed(distribution: str) -> bool:
 @hookimpl
 def build_engine(model: Any, trial: TrialContext) -> Engine:
     path, nodes = _exported(model, trial)
-    options: Any = trial.options
     eos = end_of_text(model, trial.tokenizer)
-    provider = trial.device if options.provider == "auto" else options.provider
-    engine = OnnxEngine(path, provider=provider, eos=eos, pad=pad_token(trial.tokenizer, eos))
+    engine = OnnxEngine(path, provider=_provider(trial), eos=eos, pad=pad_token(trial.tokenizer, eos))
     trial.notes |= {"engine": engine, "nodes": nodes}
     return engine
+
+
+def _provider(trial: TrialContext) -> str:
+    chosen = trial.options.provider  # type: ignore[attr-defined]
+    return trial.device if chosen == "auto" else chosen
 
 
 def _exported(model: Any, trial: TrialContext) -> tuple[Path, int]:
@@ -207,13 +213,13 @@ def open_session(path: Path, provider: str) -> Any:
 @hookimpl
 def prove_effect(model: Any, trial: TrialContext) -> dict[str, Any]:
     engine = trial.notes.get("engine")
-    if engine is None:
+    if engine is None or not engine.runs:
         return {"summary": "not run by ONNX Runtime", "session_ran": False}
     import onnxruntime
 
     return {
         "summary": f"{trial.notes['nodes']} nodes on {engine.providers[0]}, ONNX Runtime {onnxruntime.__version__}",
-        "session_ran": engine.runs > 0,
+        "session_ran": True,
         "nodes": trial.notes["nodes"],
         "opset": trial.options.opset,  # type: ignore[attr-defined]
         "providers": engine.providers,
@@ -224,7 +230,10 @@ def prove_effect(model: Any, trial: TrialContext) -> dict[str, Any]:
 
 @hookimpl
 def save_model(model: Any, folder: Path, trial: TrialContext) -> bool:
-    """``model.onnx`` (and its weights' file), the config and the tokenizer, as other tools expect them."""
+    """``model.onnx`` (and its weights' file), the config and the tokenizer, as other tools expect them.
+
+    :raises OptkitError: when the written graph, opened again, does not score like the model.
+    """
     from optkit_plugins._onnx_export import copy_export
 
     source = trial.folder / "model.onnx"
@@ -237,4 +246,24 @@ def save_model(model: Any, folder: Path, trial: TrialContext) -> bool:
         model.generation_config.save_pretrained(folder)
     if trial.tokenizer is not None:
         trial.tokenizer.save_pretrained(folder)
+    check_export(model, folder / "model.onnx", trial)
     return True
+
+
+def check_export(model: Any, path: Path, trial: TrialContext) -> None:
+    """Open the graph in a session of its own and compare its scores of random tokens with the model's."""
+    import torch
+
+    engine = OnnxEngine(path, provider=_provider(trial), eos=frozenset(), pad=0)
+    ids = torch.randint(model.get_input_embeddings().num_embeddings, (CHECKED_TOKENS,), generator=torch.Generator().manual_seed(trial.seed))
+    with torch.no_grad():
+        rows = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, :-1].float().log_softmax(-1).cpu()
+    expected = rows.gather(1, ids[1:, None])[:, 0]
+    difference = float((engine.score([ids.tolist()], [1])[0].cpu() - expected).abs().max())
+    engine.close()
+    limit = LIMIT_NATS[str(engine.dtype)]
+    if not difference <= limit:
+        raise OptkitError(
+            f"the exported graph scores up to {difference:.3g} nats a token differently from the model, {limit:g} are allowed; "
+            f"{path.parent} is left for inspection"
+        )

@@ -72,10 +72,7 @@ def transform_model(model: PreTrainedModel, trial: TrialContext) -> None:
     options = trial.options
     assert isinstance(options, PruneOptions)
     before = sum(parameter.numel() for parameter in model.parameters())
-    if options.method == "structured":
-        facts = take_channels(model, trial)
-    else:
-        facts = zero_weights(model, trial)
+    facts = take_channels(model, trial) if options.method == "structured" else zero_weights(model, trial)
     after = sum(parameter.numel() for parameter in model.parameters())
     trial.notes["pruned"] = facts | {"parameters_before": before, "parameters": after, "zero_share": zero_share(model)}
 
@@ -157,8 +154,8 @@ def take_channels(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]
     keep = max(1, round((1 - options.share) * width / options.multiple)) * options.multiple
     if keep >= width:
         raise UsageError(
-            f"prune: a share of {options.share:g} leaves {(1 - options.share) * width:.0f} of {width} channels, and the nearest multiple of "
-            f"{options.multiple} is {keep}; set prune.multiple to 8 or less, or a larger prune.share"
+            f"prune: a share of {options.share:g} leaves {(1 - options.share) * width:.0f} of {width} channels, and the nearest multiple "
+            f"of {options.multiple} is {keep}; set prune.multiple to 8 or less, or a larger prune.share"
         )
     key = next(name for name in WIDTHS if hasattr(config, name))
     sizes, tokens = input_sizes(model, {mlp.name: mlp.last for mlp in found}, trial)
@@ -194,9 +191,13 @@ def mlps(model: PreTrainedModel) -> list[Mlp]:
     stated = next((getattr(config, key) for key in WIDTHS if getattr(config, key, None)), None)
     way_out = "set prune.method to magnitude, or leave prune out"
     if not found or len(found) != config.num_hidden_layers or any(parameter.dim() == 3 for parameter in model.parameters()):
-        raise UsageError(f"prune: {type(model).__name__} does not have one plain MLP a layer (experts of a mixture are not handled); {way_out}")
+        raise UsageError(
+            f"prune: {type(model).__name__} does not have one plain MLP a layer (experts of a mixture are not handled); {way_out}"
+        )
     if stated is None and not hasattr(config, "n_inner"):
-        raise UsageError(f"prune: the config of {type(model).__name__} holds no MLP width, so a narrower model could not be loaded; {way_out}")
+        raise UsageError(
+            f"prune: the config of {type(model).__name__} holds no MLP width, so a narrower model could not be loaded; {way_out}"
+        )
     widths = {mlp.width for mlp in found}
     if len(widths) != 1 or stated not in (None, *widths):
         raise UsageError(f"prune: the MLPs have the widths {sorted(widths)}, and the config says {stated}; {way_out}")
@@ -270,7 +271,9 @@ def prove_effect(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
         parameters, zeros = sum(parameter.numel() for parameter in model.parameters()), zero_share(model)
         return {"parameters": parameters, "zero_share": zeros, "summary": f"{parameters:,} parameters, {zeros:.1%} zeros"}
     if facts["method"] == "structured":
-        summary = f"MLP width {facts['width_before']} → {facts['width']}, {facts['parameters_before']:,} → {facts['parameters']:,} parameters"
+        summary = (
+            f"MLP width {facts['width_before']} → {facts['width']}, {facts['parameters_before']:,} → {facts['parameters']:,} parameters"
+        )
     else:
         summary = f"{facts['zero_share']:.1%} zeros in {facts['layers']} layers, {facts['parameters']:,} parameters as before"
     return facts | {"summary": summary}

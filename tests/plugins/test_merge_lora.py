@@ -15,7 +15,7 @@ from tests.plugins.tiny import ragged_prompts, tiny_model
 
 pytest.importorskip("peft", reason="peft is not installed: pip install 'optkit[lora]'")
 
-from optkit_plugins import merge_lora  # noqa: E402
+from optkit_plugins import merge_lora
 
 IDS = torch.tensor([[5, 9, 77, 31, 4, 100, 63, 12, 8, 55]])
 TARGETS = {

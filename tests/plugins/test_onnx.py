@@ -126,6 +126,17 @@ def test_the_exported_folder_gives_the_same_logits_in_a_fresh_session(engine_for
     numpy.testing.assert_allclose(logits, expected, atol=2e-4)
 
 
+def test_a_graph_that_does_not_score_like_the_model_is_not_exported_in_silence(engine_for: Any, tmp_path: Path) -> None:
+    import torch
+
+    model, _, trial = engine_for("qwen2")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.5)
+    with pytest.raises(OptkitError, match="nats a token differently.*left for inspection"):
+        plugin.save_model(other, tmp_path / "exported", trial)
+
+
 def test_heavy_weights_go_to_a_file_beside_the_graph_and_are_copied_with_it(tmp_path: Path) -> None:
     from optkit_plugins._onnx_export import copy_export
 
@@ -141,8 +152,7 @@ def test_the_proof_tells_a_session_from_an_untouched_model(engine_for: Any, make
     model, engine, trial = engine_for("llama")
     engine.runs = 0
     untouched = plugin.prove_effect(model, make_trial("onnx", plugin.OnnxOptions()))
-    assert untouched["session_ran"] is False
-    assert plugin.prove_effect(model, trial)["session_ran"] is False, "built and never run is no effect either"
+    assert untouched == plugin.prove_effect(model, trial), "built and never run is no effect either"
     engine.generate(ragged_prompts(), new_tokens=1)
     facts = plugin.prove_effect(model, trial)
     assert facts["session_ran"] is True and facts["providers"] == ["CPUExecutionProvider"] and facts["nodes"] > 20

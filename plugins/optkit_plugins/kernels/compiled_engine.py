@@ -43,8 +43,10 @@ class Tally:
     recompiles: int = 0
     buckets: list[str] = field(default_factory=list)
 
-    def count(self, call: Callable[[], Any], *, first: bool) -> Any:
-        """Run ``call`` and note the graphs that it compiled."""
+    def count(self, call: Callable[[], Any], name: str, *, first: bool) -> Any:
+        """Run ``call`` and note the graphs that it compiled. ``first``: they are expected, under ``name``."""
+        if first:
+            self.buckets.append(name)
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
         try:
             with warnings.catch_warnings():
@@ -56,6 +58,16 @@ class Tally:
             self.graphs += new
             self.graph_breaks += sum(counters["graph_break"].values()) - breaks
             self.recompiles += 0 if first else new
+
+
+@dataclass
+class Bucket:
+    """One compiled step with its buffers; ``warm`` once it has run."""
+
+    name: str
+    slot: Slot
+    step: Callable[[], None]
+    warm: bool = False
 
 
 class CompiledEngine(TransformersEngine):
@@ -73,7 +85,7 @@ class CompiledEngine(TransformersEngine):
         check_supported(model, self.attention)
         self.arguments, self.compile_score = arguments, score
         self.tally = Tally()
-        self.slots: dict[tuple[int, int], tuple[Slot, Callable[[], None]]] = {}
+        self.slots: dict[tuple[int, int], Bucket] = {}
         self.samplers: dict[bool, tuple[Sampler, bool]] = {}
         self.forwards: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
 
@@ -86,18 +98,19 @@ class CompiledEngine(TransformersEngine):
             ids, mask = pad_left(prompts, self.pad, self.model.device)
             rows, width = ids.shape
             sampler, forbid_eos = self._sampler(exact, width)
-            slot, step, warm = self._slot(rows, width + new_tokens, sampler)
-            slot.prefill(ids, mask, forbid_eos=forbid_eos)
-            made = 1 + self._decode(slot, step, new_tokens - 1, warm=warm, look=not exact)
-            texts = slot.texts[:rows, width : width + made].tolist()
+            bucket = self._bucket(rows, width + new_tokens, sampler)
+            bucket.slot.prefill(ids, mask, forbid_eos=forbid_eos)
+            made = 1 + self._decode(bucket, new_tokens - 1, look=not exact)
+            texts = bucket.slot.texts[:rows, width : width + made].tolist()
         return [trim(row, self.eos, exact) for row in texts]
 
-    def _decode(self, slot: Slot, step: Callable[[], None], steps: int, *, warm: bool, look: bool) -> int:
+    def _decode(self, bucket: Bucket, steps: int, *, look: bool) -> int:
         """Run up to ``steps`` steps. :return: how many ran."""
         if steps < 1:
             return 0
-        self.tally.count(step, first=not warm)
-        watch = EndWatch(slot.done)
+        self.tally.count(bucket.step, bucket.name, first=not bucket.warm)
+        bucket.warm = True
+        watch, step = EndWatch(bucket.slot.done), bucket.step
         # The first step checked every guard; nothing that they guard changes until the loop ends.
         with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
             for done in range(1, steps):
@@ -106,21 +119,20 @@ class CompiledEngine(TransformersEngine):
                 step()
         return steps
 
-    def _slot(self, rows: int, columns: int, sampler: Sampler) -> tuple[Slot, Callable[[], None], bool]:
-        """The bucket for a batch: its buffers, its step, and whether it was there before."""
+    def _bucket(self, rows: int, columns: int, sampler: Sampler) -> Bucket:
+        """The buffers and the step for a batch of ``rows`` that need ``columns``: the smallest that fits without much waste, or a new one."""
         fitting = [
-            (have_rows, have_columns)
-            for have_rows, have_columns in self.slots
-            if rows <= have_rows <= SPARE_ROWS * rows and columns <= have_columns <= SPARE_COLUMNS * max(columns, FEWEST_COLUMNS)
+            key
+            for key in self.slots
+            if rows <= key[0] <= SPARE_ROWS * rows and columns <= key[1] <= SPARE_COLUMNS * max(columns, FEWEST_COLUMNS)
         ]
         if fitting:
-            return *self.slots[min(fitting)], True
+            return self.slots[min(fitting)]
         key = (power_of_two(rows), power_of_two(max(columns, FEWEST_COLUMNS)))
         slot = Slot(self.model, *key, sampler, self.eos, additive_mask=self.attention.additive_mask)
         step = torch.compile(slot.step, dynamic=False, isolate_recompiles=True, **self.arguments)
-        self.slots[key] = (slot, step)
-        self.tally.buckets.append(f"{key[0]} x {key[1]}")
-        return slot, step, False
+        bucket = self.slots[key] = Bucket(f"{key[0]} x {key[1]}", slot, step)
+        return bucket
 
     def _sampler(self, exact: bool, width: int) -> tuple[Sampler, bool]:
         """How tokens are picked, and whether end-of-text is forbidden: what ``generate`` would do, its model's own defaults included."""
@@ -161,11 +173,10 @@ class CompiledEngine(TransformersEngine):
                 plain = self._logits if kind == "logits" else self._scores
                 arguments = {**self.arguments, "mode": None} if self.arguments.get("mode") == "reduce-overhead" else self.arguments
                 self.forwards[key] = torch.compile(plain, isolate_recompiles=True, **arguments)
-                self.tally.buckets.append(key)
             torch._dynamo.maybe_mark_dynamic(ids, 1)
             if len(sequences) > 1:
                 torch._dynamo.maybe_mark_dynamic(ids, 0)
-            return self.tally.count(lambda: self.forwards[key](ids), first=first)
+            return self.tally.count(lambda: self.forwards[key](ids), key, first=first)
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
         """(rows, columns, vocabulary). A mask of ones: padding is on the right, where no token looks."""
@@ -192,7 +203,9 @@ def check_supported(model: PreTrainedModel, attention: EngineAttention) -> None:
     strange = set(mask_windows(model)) - {"", "full_attention", "sliding_attention"}
     if strange or getattr(config, "attention_chunk_size", None):
         kinds = ", ".join(sorted(strange)) or "chunked attention"
-        raise UnavailableError(f"compile cannot run {name}: its static cache does not hold layers of {kinds}; leave out compile for this model")
+        raise UnavailableError(
+            f"compile cannot run {name}: its static cache does not hold layers of {kinds}; leave out compile for this model"
+        )
     if not attention.usable:
         raise UnavailableError(
             f"compile cannot run with the attention implementation '{attention.own}', which takes no mask of fixed shape; "
