@@ -76,6 +76,21 @@ def schedule(step: int, progress: float, warmup: int = 300) -> float:
     return min(1.0, (step + 1) / warmup) * max(0.01, 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+def take_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, batch: data.Batch) -> torch.Tensor:
+    """One update (bfloat16 autocast on a GPU, gradient norm at most 1); the loss on the answers, still on the device."""
+    import torch
+
+    table, starts = batch
+    tokens, first = torch.from_numpy(table.astype("int64")).to(model.device), torch.from_numpy(starts).to(model.device)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda"):
+        loss, answer = answer_loss(model, tokens, first)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return answer
+
+
 def train(arguments: argparse.Namespace) -> LlamaForCausalLM:
     """The trained model; also saved in ``arguments.output`` every minute."""
     import torch
@@ -99,13 +114,7 @@ def train(arguments: argparse.Namespace) -> LlamaForCausalLM:
             break
         for group in optimizer.param_groups:
             group["lr"] = arguments.learning_rate * schedule(step, progress)
-        tokens = torch.from_numpy(table.astype("int64")).to(device, non_blocking=True)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            loss, answer = answer_loss(model, tokens, torch.from_numpy(starts).to(device, non_blocking=True))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        answer = take_step(model, optimizer, (table, starts))
         if now - said > 15 or step in (10, 100):
             said = now
             print(f"{now - begin:6.0f} s  step {step}  answer loss {answer.item():.4f}  "

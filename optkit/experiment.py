@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -12,8 +13,8 @@ from typing import Any
 
 from optkit import compare, identity, measure, metrics
 from optkit.canonical import digest
-from optkit.errors import UnavailableError, UsageError
-from optkit.folders import cache_folder, make_cache_folder, make_private_folder, records_folder
+from optkit.errors import OptkitError, UnavailableError, UsageError
+from optkit.folders import cache_folder, make_cache_folder, records_folder
 from optkit.machine import Machine, detect, silent_cpu_fallback
 from optkit.memo import Memo
 from optkit.plan import Choice, Plan, make_plan
@@ -201,10 +202,16 @@ class Experiment:
         self.saved_seconds = 0.0
 
     def run(self) -> dict[str, Any]:
-        record = None if self.request.fresh else self.store.latest(lambda row: row.get("key") == self.key and row.get("kind") == "run")
+        self.undescribed = {
+            plan.name: f"{step.name}: {step.claims.undescribed}" for plan in self.setup.plans for step in plan.steps if step.claims.undescribed
+        }
+        for plan, why in self.undescribed.items():
+            self.request.warn(f"{plan}: predictions and timings are not taken from memory, because {why}")
+        record = None if self.request.fresh or self.undescribed else self.store.latest(lambda row: row.get("key") == self.key and row.get("kind") == "run")
         if not self.request.force:
             for plan in self.setup.all_plans:
-                self._look_up(plan)
+                if plan.name not in self.undescribed:
+                    self._look_up(plan)
         complete = all(plan.name in self.predictions for plan in self.setup.all_plans if not _failed_in(record, plan.name))
         result = dict(record) if record is not None and complete else self._measure(record)
         if not result.get("measured_now"):
@@ -238,8 +245,7 @@ class Experiment:
 
         setup = self.setup
         cache = cache_folder(self.request.cache_dir)
-        make_cache_folder(cache)
-        make_private_folder(cache / "inductor")
+        make_cache_folder(cache / "inductor")
         self.folder = new_run_folder(cache)
         environment = {
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
@@ -267,8 +273,13 @@ class Experiment:
             return dict(record)
         row = self._record(comparison, started)
         self._add_quality(row)
-        row["id"] = self.store.append(row)
+        row = finite(row)
         row["time"] = started
+        try:
+            row["id"] = self.store.append({name: value for name, value in row.items() if name != "time"})
+        except OptkitError as error:  # a full disk must not cost what was measured
+            row["id"] = None
+            self.request.warn(str(error))
         row["measured_now"] = True
         return row
 
@@ -311,7 +322,8 @@ class Experiment:
                 return comparison.ask(arm, "evaluate", samples=[_plain(sample) for sample in missing], reference=reference)
 
             self.predictions[arm.name] = remember_predictions(
-                self.memo, self.specs[arm.name], samples, compute, force=self.request.force, keep=self.request.store_text
+                self.memo, self.specs[arm.name], samples, compute, force=self.request.force,
+                keep=self.request.store_text and arm.name not in self.undescribed,
             )
         if first:
             self.reference = {row["digest"]: {"path": row["path"], "top": row["top"]} for row in self.predictions[arm.name] if "top" in row}
@@ -381,7 +393,7 @@ class Experiment:
 def new_run_folder(cache: Path) -> Path:
     """A folder for one run's logs and for its trials' files; those of runs older than a week are removed."""
     runs = cache / "runs"
-    make_private_folder(runs)
+    make_cache_folder(runs)
     for old in runs.iterdir():
         if time.time() - old.stat().st_mtime > 7 * 86400:
             shutil.rmtree(old, ignore_errors=True)
@@ -398,6 +410,15 @@ def preloaded(setup: Setup) -> list[str]:
     if kind.isidentifier():
         modules.append(f"transformers.models.{kind}.modeling_{kind}")
     return modules + list(dict.fromkeys(name for plan in setup.plans for step in plan.steps for name in step.technique.preload))
+
+
+def finite(value: Any) -> Any:
+    """The value with every NaN and infinity as ``None``, which JSON can hold and a table shows as missing."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def arm_row(arm: compare.Arm, plan: Plan, proof: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from optkit.experiment import Setup
 
 #: Distributions whose version may change a prediction, beside those that a technique requires.
-LIBRARIES = ("torch", "transformers", "tokenizers", "triton")
+LIBRARIES = ("torch", "transformers", "tokenizers", "triton", "onnxruntime", "onnxruntime-gpu")
 
 
 def base(setup: Setup) -> dict[str, Any]:

@@ -169,8 +169,7 @@ def file_digest(path: Path) -> str:
     with path.open("rb") as handle:
         value = hashlib.file_digest(handle, "sha256").hexdigest()
     try:
-        make_cache_folder(cache_folder())
-        folder.mkdir(mode=0o700, exist_ok=True)
+        make_cache_folder(folder)
         temporary = folder / f"{key}.{os.getpid()}"
         temporary.write_text(value, encoding="ascii")
         temporary.replace(folder / key)

@@ -57,8 +57,9 @@ class Claims(BaseModel):
     forbids: frozenset[str] = frozenset()
     refuses: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
-    weight_bits: float | None = Field(None, description="bits that a linear weight takes afterwards, for the memory estimate")
-    problem: str | None = Field(None, description="why this technique cannot run here with these options, and the way out")
+    weight_bits: float | None = Field(default=None, description="bits that a linear weight takes afterwards, for the memory estimate")
+    undescribed: str | None = Field(default=None, description="what decides the outputs and cannot be described: nothing is then memoized")
+    problem: str | None = Field(default=None, description="why this technique cannot run here with these options, and the way out")
 
 
 class Technique(BaseModel):

@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.text import Text
 
 from optkit.estimate import estimate
+from optkit.machine import Machine, detect
 from optkit.plan import Plan
 from optkit.report.terminal import plain_table
 from optkit.report.text import megabytes
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from optkit.doctor import Check
     from optkit.experiment import Setup
     from optkit.profile import Profile
-    from optkit.registry import Registry
+    from optkit.registry import Found, Registry
 
 
 def final_plan(setup: Setup) -> Plan:
@@ -78,12 +79,14 @@ def option_origins(step: Any) -> dict[str, str]:
 
 def plugins_json(registry: Registry) -> list[dict[str, Any]]:
     rows = []
+    machine = detect()
     for row in registry:
         technique = row.technique
+        problem = set_up_problem(registry, row, machine)
         rows.append(
             {
-                "name": row.name, "version": row.version, "source": row.distribution, "module": row.module, "status": row.status,
-                "cause": row.cause, "fix": row.fix, "stage": technique.stage if technique else None,
+                "name": row.name, "version": row.version, "source": row.distribution, "module": row.module, "status": "unavailable" if problem else row.status,
+                "cause": problem or row.cause, "fix": row.fix, "stage": technique.stage if technique else None,
                 "summary": technique.summary if technique else None, "lossy": technique.lossy if technique else None,
                 "tasks": sorted(technique.tasks) if technique else [], "tested_on": list(technique.tested_on) if technique else [],
                 "requires": list(technique.requires) if technique else [], "paper": technique.paper if technique else None,
@@ -92,6 +95,18 @@ def plugins_json(registry: Registry) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return rows
+
+
+def set_up_problem(registry: Registry, row: Found, machine: Machine) -> str:
+    """Why a technique that is installed cannot run here as it is: a program, a file or an address that is missing."""
+    configure = registry.hook(row.name, "configure") if row.status == "ready" else None
+    if configure is None or row.technique is None:
+        return ""
+    try:
+        claims = configure(options=row.technique.options(), task="generate", machine=machine)
+    except Exception as error:  # a plugin's own fault, shown as such
+        return f"{type(error).__name__}: {error}"
+    return (claims and claims.problem) or ""
 
 
 def plugins_view(registry: Registry) -> Group:

@@ -65,6 +65,8 @@ def quality_cell(metric: Record | None, show: Any, digits: int, scale: float = 1
     """The value, and its difference from the baseline: a star where the difference is beyond chance."""
     if not metric:
         return "–"
+    if metric.get("value") is None:
+        return "not finite"
     text = show(metric["value"])
     if metric.get("difference") is not None:
         text += f" ({signed(metric['difference'] * scale, digits)}{'*' if metric.get('differs') else ''})"

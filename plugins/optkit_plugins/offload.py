@@ -1,9 +1,9 @@
 """Offload: the last decoder layers (and, if asked, the KV cache) live where memory is cheap and visit the device for their own forward.
 
 On a GPU they live in pinned host memory; on a CPU in files that the system maps into memory and may drop again. Each layer's weights are
-copied before its forward and dropped after it, so the outputs are the same to the bit. Price: speed, a lot of it: a step waits for the
-offloaded bytes to cross the bus once (25 GB/s or so on PCIe 4), however small the batch. The last resort against out-of-memory: quantize
-first, take a smaller batch first. Not where the model fits.
+copied before its forward and dropped after it, so the outputs are the same to the bit (FlexGen, Sheng et al. 2023, arXiv:2303.06865, tells
+how far such a design can go). Price: speed, a lot of it: every step waits for the offloaded bytes to cross the bus once, however small the
+batch. The last resort against out-of-memory: quantize first, take a smaller batch first. Not where the model fits.
 
 The hooks are our own, because accelerate's turn offloaded weights into meta tensors: the model could not be saved or looked at any more,
 and tensors of quantizing libraries do not survive it. Here every parameter stays a readable tensor at all times.

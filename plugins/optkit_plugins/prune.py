@@ -5,8 +5,8 @@
   wanda       the same, each weight weighed by the inputs that it meets (Sun et al. 2023, arXiv:2306.11695); needs calibration text
 
 Zeros bring no speed and no memory by themselves: dense kernels multiply them like any number. They are for measuring what a sparse format
-would cost, or for training with a mask afterwards. Price: quality, much of it above a share of a half (magnitude) or a fifth (structured)
-unless the model is trained again. Not for a model that is to answer exactly as before.
+would cost, or for training with a mask afterwards. Price: quality, the more the larger the share, unless the model is trained again. Not
+for a model that is to answer exactly as before.
 """
 
 from __future__ import annotations

@@ -163,6 +163,37 @@ def test_what_the_plan_is_told() -> None:
             offload.OffloadOptions(layers=wrong)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("quantized", ["no", "nf4", "int8"])
+def test_on_a_gpu_weights_live_in_host_memory(quantized: str, tmp_path: Path) -> None:
+    import optkit
+
+    plugins = [] if quantized == "no" else [quantized]
+    outputs = []
+    for more in ([], ["offload"]):
+        model, tokenizer = tiny_model("llama")
+        optimized = optkit.optimize(model.bfloat16().cuda(), tokenizer, plugins=plugins + more, set={"offload.layers": 2} if more else {})
+        with torch.inference_mode():
+            outputs.append(optimized.model(input_ids=IDS.cuda(), use_cache=False).logits)
+    assert torch.equal(*outputs)
+    assert {parameter.device.type for parameter in optimized.model.model.layers.parameters()} == {"cpu"}
+    assert optimized.model.model.embed_tokens.weight.device.type == "cuda"
+    facts = optimized.proof()["offload"]["facts"]
+    assert facts["where"] == "host memory" and facts["visited"] and facts["layers_away"] == 2
+    optimized.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_cache_can_live_in_host_memory() -> None:
+    import optkit
+
+    model, tokenizer = tiny_model("llama")
+    expected = plain_greedy(model, ragged_prompts((6,)), 6)
+    optimized = optkit.optimize(model.cuda(), tokenizer, plugins=["offload"], set={"offload.layers": 1, "offload.kv": True})
+    assert optimized.engine.generate(ragged_prompts((6,)), new_tokens=6, exact=True) == expected
+    optimized.close()
+
+
 def test_nothing_is_left_behind(make_trial: Any) -> None:
     """The hooks must not keep the model alive once its user dropped it."""
     import weakref

@@ -1,0 +1,1 @@
+"""What produced every figure that the documents give, and the raw results."""
