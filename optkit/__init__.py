@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from optkit.errors import OptkitError, UnavailableError, UsageError
     from optkit.hookspecs import hookimpl
     from optkit.machine import Machine
+    from optkit.samples import Sample
     from optkit.settings import Limit, Setting, Settings
-    from optkit.sources import ModelSource, Sample
+    from optkit.sources import ModelSource
     from optkit.technique import Claims, Options, Technique
 
 __version__ = "0.1.0"
@@ -27,7 +28,7 @@ _HOME = {
     "Optimized": "api",
     "Options": "technique",
     "OptkitError": "errors",
-    "Sample": "sources",
+    "Sample": "samples",
     "Setting": "settings",
     "Settings": "settings",
     "Technique": "technique",

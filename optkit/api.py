@@ -132,8 +132,9 @@ def split_options(pairs: Mapping[str, Any], *, origin: str) -> tuple[dict[str, d
 def run(**request: Any) -> dict[str, Any]:
     """What ``optkit run`` does, as a function: the record of baseline and techniques.
 
-    Takes the fields of ``optkit.experiment.Request``: ``model``, ``profile``, ``plugins``, ``set``, ``task``, ``samples``, ``limit`` …
+    Takes the fields of ``optkit.request.Request``: ``model``, ``profile``, ``plugins``, ``set``, ``task``, ``samples``, ``limit`` …
     """
-    from optkit.experiment import Request, execute
+    from optkit.experiment import execute
+    from optkit.request import Request
 
     return execute(Request(**request))

@@ -82,8 +82,8 @@ def plan(
 
 
 def _show_plan(request: Any, format: str) -> None:
-    from optkit.experiment import prepare
     from optkit.report import plans
+    from optkit.request import prepare
 
     setup = prepare(request)
     if format == "json":

@@ -68,13 +68,13 @@ def defaults_from_files(context: typer.Context) -> dict[str, dict[str, Any]]:
     if isinstance(values.get("set"), dict):
         values["set"] = config.flatten(values["set"])
     context.obj = origins
-    return {command: values for command in ("run", "plan", "export")}
+    return dict.fromkeys(("run", "plan", "export"), values)
 
 
 def request(context: typer.Context) -> Any:
     """The experiment's request from a command's parameters, with where each value came from."""
     from optkit.errors import UsageError
-    from optkit.experiment import Request
+    from optkit.request import Request
 
     given = dict(context.params)
     files = context.obj or {}

@@ -56,7 +56,7 @@ class TransformersEngine(Engine):
     name = "transformers"
 
     def __init__(self, model: PreTrainedModel, trial: TrialContext):
-        self.model = model
+        self.model: Any = model
         self.trial = trial
         self.eos = end_of_text(model, trial.tokenizer)
         self.pad = pad_token(trial.tokenizer, self.eos)

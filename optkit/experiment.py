@@ -1,169 +1,34 @@
-"""One experiment from request to record: plans, what the memo and the records know already, the measuring, the result."""
+"""One experiment from request to record: what the memo and the records know already, the measuring, the result."""
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optkit import compare, identity, measure, metrics
+from optkit import compare, identity, metrics
 from optkit.canonical import digest
-from optkit.errors import OptkitError, UnavailableError, UsageError
+from optkit.errors import OptkitError, UnavailableError
 from optkit.folders import cache_folder, make_cache_folder, records_folder
-from optkit.machine import Machine, detect, silent_cpu_fallback
+from optkit.machine import detect, silent_cpu_fallback
 from optkit.memo import Memo
-from optkit.plan import Choice, Plan, make_plan
+from optkit.plan import Plan
 from optkit.predictions_memo import known_predictions, remember_predictions
-from optkit.profile import Profile, load_profile, missing_for
-from optkit.registry import Registry, discover
-from optkit.settings import Setting
-from optkit.sources import ModelSource, Sample, SampleSet, model_source, sample_set
+from optkit.profile import missing_for
+from optkit.record import arm_row, finite, limit_seconds
+from optkit.request import Request, Setup, prepare
+from optkit.samples import Sample, sample_set
 from optkit.stats import speed_up
 from optkit.store import RecordStore
 
-DEFAULT_LIMIT = 200
 #: Samples that are timed, and new tokens of each, unless asked otherwise.
 TIMED_SAMPLES, TIMED_TOKENS = 8, 32
 CALIBRATION_SAMPLES = 64
 SHOWN_OUTPUTS = 50
 #: Share of the device's memory that all arms together may take to be measured in turns.
 FITTING_SHARE = 0.85
-
-
-@dataclass
-class Request:
-    """What somebody wants measured. Every field has a default; ``origins`` says where a value came from.
-
-    :ivar plugins: technique names, or ``None`` for the profile's. :ivar each: also each technique alone.
-    :ivar set: options and settings by dotted name. :ivar reference: a plan (names joined by ``+``) that ratios are taken to.
-    :ivar timeout: seconds for one step of a trial. :ivar fresh: time again. :ivar force: compute predictions again.
-    """
-
-    model: str | None = None
-    profile: str = "auto"
-    plugins: list[str] | None = None
-    without: list[str] = field(default_factory=list)
-    set: dict[str, Any] = field(default_factory=dict)
-    task: str | None = None
-    samples: str | None = None
-    limit: int | None = None
-    repeats: int | None = None
-    seed: int = 0
-    each: bool = False
-    reference: str | None = None
-    thorough: bool = False
-    fresh: bool = False
-    force: bool = False
-    shrink: bool = False
-    metric: str | None = None
-    cache_dir: str | None = None
-    cache_max_age: float | None = None
-    timeout: float = 900.0
-    store_text: bool = True
-    profiles_dir: list[str] = field(default_factory=list)
-    origins: dict[str, str] = field(default_factory=dict)
-    progress: Callable[[int, int, str], None] = lambda done, total, text: None
-    warn: Callable[[str], None] = lambda text: None
-
-
-@dataclass
-class Setup:
-    """A request made concrete, without torch: what would run, and on what."""
-
-    request: Request
-    machine: Machine
-    profile: Profile
-    registry: Registry
-    source: ModelSource
-    samples: SampleSet
-    task: str
-    baseline: Plan
-    plans: list[Plan]
-
-    @property
-    def all_plans(self) -> list[Plan]:
-        return [self.baseline, *self.plans]
-
-
-def prepare(request: Request) -> Setup:
-    """Plans and sources. :raises OptkitError: for anything that is wrong with the request, before anything heavy runs."""
-    machine = detect()
-    folders = [Path(folder) for folder in request.profiles_dir]
-    profile = load_profile(request.profile, folders, machine)
-    registry = discover()
-    source = model_source(request.model, shrink=request.shrink)
-    samples = sample_set(request.samples, source, limit=request.limit or DEFAULT_LIMIT)
-    task = request.task or ("generate" if samples.has_prompts else "score")
-    if task not in ("generate", "score"):
-        raise UsageError(f"task '{task}' is not run by this version; choose generate or score")
-    if task == "generate" and not samples.has_prompts:
-        raise UsageError("these samples are texts without prompts, which can be scored but not continued; use --task score, or samples with 'prompt'")
-    if missing_for(profile, machine, folders) or profile.device != machine.device:
-        machine = profile.as_machine(machine)  # a plan for another machine, or for the CPU of a machine that has a GPU
-    choices, wishes = choose(request, profile, task)
-    baseline = make_plan(registry, machine, task, [], wishes)
-    together = make_plan(registry, machine, task, choices, wishes)
-    plans = [together] if choices else []
-    if request.each and len(choices) > 1:
-        plans = [*(plan for choice in choices if (plan := alone(registry, machine, task, choice, wishes))), together]
-    if request.reference:
-        wanted = {choice.name: choice for choice in choices}
-        names = request.reference.replace(",", "+").split("+")
-        rival = make_plan(registry, machine, task, [wanted.get(name, Choice(name)) for name in names], wishes)
-        if rival.name not in {plan.name for plan in plans}:
-            plans.insert(0, rival)
-    return Setup(request, machine, profile, registry, source, samples, task, baseline, plans)
-
-
-def alone(registry: Registry, machine: Machine, task: str, choice: Choice, wishes: list[Setting]) -> Plan | None:
-    """The plan of one technique, or ``None`` where it needs others."""
-    from optkit.errors import PlanConflict
-
-    try:
-        return make_plan(registry, machine, task, [choice], wishes)
-    except PlanConflict:
-        return None
-
-
-def choose(request: Request, profile: Profile, task: str) -> tuple[list[Choice], list[Setting]]:
-    """Techniques with options, and settings, each with where it came from."""
-    from optkit.api import split_options
-
-    options, wishes = split_options(request.set, origin=request.origins.get("set", "--set"))
-    defaults = profile.defaults
-    asked = request.plugins is not None
-    names = list(dict.fromkeys(request.plugins if request.plugins is not None else list(defaults)))
-    choices = []
-    for name in names:
-        if name in request.without:
-            continue
-        base = dict(defaults[name].options) if name in defaults else {}
-        origins = dict.fromkeys(base, f"profile {profile.name}")
-        mine = options.pop(name, {})
-        because = f"asked for ({request.origins.get('plugins', '--plugins')})" if asked else f"profile {profile.name}: {defaults[name].because}"
-        choices.append(Choice(name, base | mine, origins | dict.fromkeys(mine, request.origins.get("set", "--set")), because))
-    if options:
-        name = next(iter(options))
-        raise UsageError(f"--set names an option of '{name}', which is not in this plan ({', '.join(names) or 'no techniques'})")
-    wishes += profile_settings(profile, task)
-    return choices, wishes
-
-
-def profile_settings(profile: Profile, task: str) -> list[Setting]:
-    """Batch size and length that the profile begins with."""
-    default = profile.tasks.get(task)  # type: ignore[call-overload]
-    if default is None:
-        return []
-    why = {"because": default.because, "by": f"profile {profile.name}", "strength": "profile"}
-    return [Setting(name="batch.size", value=default.batch_size, **why), Setting(name="batch.max_length", value=default.sequence_length, **why)]
-
-
-# ---------------------------------------------------------------- execution
 
 
 def execute(request: Request) -> dict[str, Any]:
@@ -205,8 +70,8 @@ class Experiment:
         self.undescribed = {
             plan.name: f"{step.name}: {step.claims.undescribed}" for plan in self.setup.plans for step in plan.steps if step.claims.undescribed
         }
-        for plan, why in self.undescribed.items():
-            self.request.warn(f"{plan}: predictions and timings are not taken from memory, because {why}")
+        for name, why in self.undescribed.items():
+            self.request.warn(f"{name}: predictions and timings are not taken from memory, because {why}")
         record = None if self.request.fresh or self.undescribed else self.store.latest(lambda row: row.get("key") == self.key and row.get("kind") == "run")
         if not self.request.force:
             for plan in self.setup.all_plans:
@@ -410,45 +275,6 @@ def preloaded(setup: Setup) -> list[str]:
     if kind.isidentifier():
         modules.append(f"transformers.models.{kind}.modeling_{kind}")
     return modules + list(dict.fromkeys(name for plan in setup.plans for step in plan.steps for name in step.technique.preload))
-
-
-def finite(value: Any) -> Any:
-    """The value with every NaN and infinity as ``None``, which JSON can hold and a table shows as missing."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def arm_row(arm: compare.Arm, plan: Plan, proof: dict[str, Any]) -> dict[str, Any]:
-    """One arm as the record holds it."""
-    return {
-        "name": arm.name,
-        "steps": [{"name": step.name, "options": step.options.model_dump(mode="json"), "version": step.version} for step in plan.steps],
-        "settings": plan.settings.to_json(),
-        "state": arm.state,
-        "reason": arm.reason,
-        "log": arm.log[-4000:],
-        "seconds": arm.rounds,
-        "tokens": arm.tokens,
-        "cold_seconds": arm.warm.get("cold_seconds"),
-        "loaded": arm.loaded,
-        "peak_bytes": arm.peak_bytes,
-        "joules_per_token": sum(arm.joules) / len(arm.joules) if arm.joules else None,
-        "proof": proof,
-    }
-
-
-def limit_seconds(arm: compare.Arm, peaks: dict[str, Any], task: str, tokens: int) -> float | None:
-    """The least time that the hardware allows this arm's own weights for the timed unit."""
-    if not peaks or not arm.loaded.get("work"):
-        return None
-    work = measure.Work(**arm.loaded["work"])
-    measured = measure.Peaks(peaks["read_bandwidth"], peaks["flops"], peaks["dtype"])
-    if task == "generate":
-        return measure.generate_limit_seconds(work, measured, peaks["lengths"], tokens)
-    return measure.score_limit_seconds(work, measured, peaks["lengths"])
 
 
 def protocol_of(request: Request, setup: Setup) -> compare.Protocol:

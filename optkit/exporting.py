@@ -21,7 +21,8 @@ def export_model(request: Any, folder: Path) -> dict[str, Any]:
     :return: ``folder``, ``files``, ``bytes``, ``writer``, ``check`` in words, and ``largest_difference`` in nats a token.
     :raises UsageError: when the folder is not empty. :raises OptkitError: when a loaded copy scores differently.
     """
-    from optkit.experiment import Experiment, new_run_folder, prepare
+    from optkit.experiment import Experiment, new_run_folder
+    from optkit.request import prepare
     from optkit.trial import TrialServer
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from optkit.context import TrialContext
     from optkit.engine import Engine
     from optkit.machine import Machine
-    from optkit.sources import ModelSource, Sample
+    from optkit.samples import Sample
+    from optkit.sources import ModelSource
     from optkit.technique import Claims, Options, Task
 
 hookspec = pluggy.HookspecMarker("optkit")

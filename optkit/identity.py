@@ -13,7 +13,7 @@ import optkit
 from optkit.plan import Plan
 
 if TYPE_CHECKING:
-    from optkit.experiment import Setup
+    from optkit.request import Setup
 
 #: Distributions whose version may change a prediction, beside those that a technique requires.
 LIBRARIES = ("torch", "transformers", "tokenizers", "triton", "onnxruntime", "onnxruntime-gpu")

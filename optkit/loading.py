@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optkit.errors import OptkitError, UnavailableError, UsageError
-from optkit.sources import ModelSource, Sample, hub_offline_message
+from optkit.samples import Sample
+from optkit.sources import ModelSource, hub_offline_message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

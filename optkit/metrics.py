@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from optkit.errors import UsageError
-from optkit.sources import Sample
+from optkit.samples import Sample
 from optkit.stats import BOOTSTRAP_SAMPLES, mcnemar, paired_bootstrap, wilson
 
 Rows = list[dict[str, Any]]

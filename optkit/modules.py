@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +22,8 @@ def linears(model: PreTrainedModel, *, min_parameters: int = 1000, head: bool = 
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    output = model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
+    output: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
     tied = output is not None and embedding is not None and output.weight is embedding.weight
     for name, module in list(model.named_modules()):
         if type(module) not in (nn.Linear, Conv1D) or module.weight.numel() < min_parameters:
@@ -33,7 +33,7 @@ def linears(model: PreTrainedModel, *, min_parameters: int = 1000, head: bool = 
         yield name, module
 
 
-def as_linear(module: nn.Module) -> nn.Linear:
+def as_linear(module: Any) -> nn.Linear:
     """A ``Conv1D`` (weight in × out) as the ``nn.Linear`` (weight out × in) of the same function; a linear as it is."""
     import torch
     from torch import nn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from optkit.sources import Sample
+from optkit.samples import Sample
 
 if TYPE_CHECKING:
     import torch

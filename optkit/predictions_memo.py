@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from optkit.memo import Memo
-from optkit.sources import Sample
+from optkit.samples import Sample
 
 Rows = list[dict[str, Any]]
 

@@ -102,7 +102,7 @@ def discover() -> Registry:
 
 
 def _load(point: importlib.metadata.EntryPoint, label: str, version: str, manager: pluggy.PluginManager) -> Found:
-    facts = {"name": point.name, "distribution": label, "version": version, "module": point.value}
+    facts: dict[str, Any] = {"name": point.name, "distribution": label, "version": version, "module": point.value}
     off = f"Fix or uninstall {label}, or leave it out with --no-plugin {point.name}."
     try:
         plugin = point.load()

@@ -11,9 +11,10 @@ from optkit import measure
 from optkit.machine import Machine
 from optkit.plan import Choice, Plan, make_plan
 from optkit.registry import discover
+from optkit.samples import Sample
 from optkit.session import Session
 from optkit.settings import Settings
-from optkit.sources import ModelSource, Sample
+from optkit.sources import ModelSource
 from optkit.trial_child import report_progress
 
 WARM_UPS = 3

@@ -12,8 +12,9 @@ from optkit.engine import Engine, TransformersEngine, end_of_text
 from optkit.errors import OptkitError
 from optkit.plan import Plan
 from optkit.registry import Registry
+from optkit.samples import Sample
 from optkit.snapshot import Snapshot, difference
-from optkit.sources import ModelSource, Sample
+from optkit.sources import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from optkit.errors import UsageError
-from optkit.experiment import Request, execute, prepare
+from optkit.experiment import execute
+from optkit.request import Request, prepare
 from optkit.loading import byte_tokenizer
 from tests.fakes import install, plugin
 from tests.plugins.tiny import tiny_model
@@ -151,7 +152,7 @@ def test_every_part_of_a_request_is_in_the_identity(model_folder, samples, chang
 def test_a_remembered_run_imports_nothing_heavy(model_folder, samples):
     execute(request(model_folder, samples))
     code = (
-        "import sys\nfrom optkit.experiment import Request, execute\n"
+        "import sys\nfrom optkit.experiment import execute\nfrom optkit.request import Request\n"
         f"record = execute(Request(model={str(model_folder)!r}, samples={str(samples)!r}, plugins=[], profile='cpu', repeats=1,"
         " set={'generate.max_new_tokens': 8, 'batch.size': 4}))\n"
         "from optkit.report.terminal import console, record_view\nconsole().print(record_view(record, 2))\n"

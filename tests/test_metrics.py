@@ -6,7 +6,7 @@ import pytest
 
 from optkit import metrics
 from optkit.errors import UsageError
-from optkit.sources import Sample
+from optkit.samples import Sample
 
 
 def rows(texts, nlls=None):

@@ -9,7 +9,7 @@ from optkit.errors import OptkitError, UsageError
 from optkit.loading import byte_tokenizer, encode, random_model, shrink
 from optkit.proof import verdict
 from optkit.snapshot import Snapshot, difference
-from optkit.sources import Sample
+from optkit.samples import Sample
 from tests.fakes import install, plugin
 from tests.plugins.tiny import tiny_model
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optkit.errors import UsageError
-from optkit.sources import Sample, bundled_folder, folder_digest, gather, model_source, sample_from, sample_set
+from optkit.samples import Sample, gather, sample_from, sample_set
+from optkit.sources import bundled_folder, folder_digest, model_source
 
 
 @pytest.fixture

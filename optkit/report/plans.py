@@ -15,9 +15,9 @@ from optkit.report.text import megabytes
 
 if TYPE_CHECKING:
     from optkit.doctor import Check
-    from optkit.experiment import Setup
     from optkit.profile import Profile
     from optkit.registry import Found, Registry
+    from optkit.request import Setup
 
 
 def final_plan(setup: Setup) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from optkit.report.terminal import console
 from optkit.report.text import markup_safe
@@ -40,8 +40,8 @@ class Live(Quiet):
     """A bar with the time that is left. It appears with the first step, so that an answer from the memo shows none."""
 
     def __init__(self) -> None:
-        self.bar = None
-        self.task = None
+        self.bar: Any = None
+        self.task: Any = None
 
     def progress(self, done: int, total: int, text: str) -> None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn

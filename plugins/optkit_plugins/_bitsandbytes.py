@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from optkit import Claims, Options, UsageError
-from optkit.modules import as_linear
 from optkit_plugins import _packed
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ def four_bit(module: nn.Module, options: FourBitOptions, quant_type: str) -> nn.
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    linear = as_linear(module)
+    linear = _packed.linear(module)
     width = linear.in_features
     if linear.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"{quant_type}: weights of {linear.weight.dtype} cannot be read; set load.dtype to float32, bfloat16 or float16")
@@ -118,7 +117,7 @@ def four_bit(module: nn.Module, options: FourBitOptions, quant_type: str) -> nn.
         # The forward pass would cast it, in place, under the feet of torch.compile.
         packed.bias = torch.nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
     packed.train(module.training)
-    packed.source_cls = type(module)  # as transformers marks it: it asks for the class when it converts a Conv1D
+    packed.source_cls = linear.source_cls  # type: ignore[assignment]
     # The AVX512-BF16 path repacks the weights in the first forward pass: that fails on narrow layers, computes in bfloat16 whatever the
     # compute dtype, and breaks torch.compile.
     packed.support_avx512bf16_for_cpu = False

@@ -82,7 +82,10 @@ def share(heads: torch.Tensor, weights: torch.Tensor, unit: bool) -> tuple[torch
 
     size = heads.shape[2]
     stacked = (weights @ heads).flatten(1, 2)
-    basis = torch.linalg.svd(stacked, full_matrices=False)[2][:, :size]
+    # The SVD of a few hundred rows by thousands of columns, by way of the small Gram matrix. That squares the condition, but where the
+    # stack has rank ``size`` any invertible mix of its rows spans the right space, so equal heads stay exact.
+    directions = torch.linalg.eigh(stacked @ stacked.mH)[1][:, :, -size:]
+    basis = torch.linalg.qr((directions.mH @ stacked).mH)[0].mH
     maps = heads @ basis.mH.unsqueeze(1)
     # Turned towards the first head and scaled as the heads are: a basis alone would leave rows of unit length.
     left, _, right = torch.linalg.svd(maps[:, 0])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from optkit import UsageError
-from optkit.modules import linears, replace, stored_bytes
+from optkit.modules import as_linear, linears, replace, stored_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,6 +54,21 @@ def convert(model: PreTrainedModel, names: list[str], make: Any) -> dict[str, st
         else:
             replace(model, name, made)
     return left
+
+
+def linear(module: nn.Module) -> nn.Linear:
+    """The layer as an ``nn.Linear`` that remembers what it was."""
+    made = as_linear(module)
+    made.source_cls = type(module)  # type: ignore[assignment]  # transformers marks quantized layers by the same name
+    made.train(module.training)
+    return made
+
+
+def was_conv1d(layers: Iterable[Any]) -> bool:
+    """Whether a layer was a ``Conv1D``: transformers builds it again when it loads a folder, and its weight is the other way round."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(getattr(layer, "source_cls", None) is Conv1D for layer in layers)
 
 
 def attach(model: Any, quantizer: Any) -> None:

@@ -111,11 +111,12 @@ def prove_effect(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
     if engine is None:
         return {"graphs": 0, "graph_breaks": 0, "recompiles": 0, "buckets": [], "summary": "not compiled"}
     tally, arguments = engine.tally, engine.arguments
+    used = ", ".join(tally.buckets) or "unused"
     return {
         "graphs": tally.graphs,
         "graph_breaks": tally.graph_breaks,
         "recompiles": tally.recompiles,
         "buckets": list(tally.buckets),
         "cuda_graphs": trial.device == "cuda" and (arguments["backend"] == "cudagraphs" or arguments.get("mode") in CUDA_GRAPH_MODES),
-        "summary": f"{tally.graphs} graphs, {tally.graph_breaks} breaks, {tally.recompiles} recompiles: {', '.join(tally.buckets) or 'unused'}",
+        "summary": f"{tally.graphs} graphs, {tally.graph_breaks} breaks, {tally.recompiles} recompiles: {used}",
     }

@@ -82,7 +82,7 @@ def transform_model(model: PreTrainedModel, trial: TrialContext) -> None:
     options = trial.options
     assert isinstance(options, FlashOptions)
     own = str(model.config._attn_implementation)
-    backend = options.backend
+    backend: str = options.backend
     if backend == "auto":
         candidates = ["sdpa", *(name for name in (*SDPA_BACKENDS, "flash_attention_2") if what_is_missing(name, trial.machine) is None)]
         milliseconds = measure(model, candidates, generate=trial.task == "generate")

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from optkit import Claims, Options, Technique, UsageError, hookimpl
-from optkit.modules import as_linear
 from optkit_plugins import _packed
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def prove_effect(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
 @hookimpl
 def save_model(model: PreTrainedModel) -> bool | None:
     """Refuse what could not be read back; everything else goes transformers' own way (safetensors with torchao's metadata)."""
-    if has_conv1d(model):
+    if _packed.was_conv1d(layer for _, layer in int8_layers(model)):
         raise UsageError(
             f"int8: {type(model).__name__} is built of Conv1D layers, into which transformers cannot load torchao's weights; "
             "export it without int8"
@@ -156,11 +155,9 @@ def int8_linear(module: nn.Module, config: Any, group: int | None) -> nn.Module 
     """The layer with an int8 weight, or why it stays as it is."""
     from torchao.quantization import quantize_
 
-    linear = as_linear(module)
+    linear = _packed.linear(module)
     if group is not None and linear.in_features % group:
         return f"input width {linear.in_features} is not divided by the group of {group}"
-    linear.train(module.training)
-    linear.source_cls = type(module)  # type: ignore[assignment]
     quantize_(linear, config, filter_fn=None)
     if linear.bias is not None:
         linear.bias.requires_grad_(False)
@@ -175,15 +172,8 @@ def register(model: PreTrainedModel, config: Any) -> None:
     wrapped = TorchAoConfig(config, modules_to_not_convert=list(_packed.plain_linears(model)))
     quantizer = AutoHfQuantizer.from_config(wrapped, pre_quantized=True)
     _packed.attach(model, quantizer)
-    if has_conv1d(model):
+    if _packed.was_conv1d(layer for _, layer in int8_layers(model)):
         quantizer.is_serializable = lambda: False  # save_pretrained refuses, instead of writing a folder that nothing reads
-
-
-def has_conv1d(model: PreTrainedModel) -> bool:
-    """Whether a quantized layer was a ``Conv1D``, which transformers builds again when it loads the folder."""
-    from transformers.pytorch_utils import Conv1D
-
-    return any(layer.source_cls is Conv1D for _, layer in int8_layers(model) if hasattr(layer, "source_cls"))
 
 
 def int8_layers(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:

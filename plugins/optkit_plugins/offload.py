@@ -225,7 +225,7 @@ def prove_effect(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
     facts |= {"where": where, "visited": all(one.visits for one in away), "dtype": str(model.dtype).removeprefix("torch.")}
     state = "" if facts["visited"] else ", not one forward yet"
     facts["summary"] = (
-        f"{len(away)} of {notes['layers']} layers in {where}: {elsewhere / 1e6:.1f} MB there, "
+        f"{len(away)} of {notes['layers']} layers {'on' if where == 'disk' else 'in'} {where}: {elsewhere / 1e6:.1f} MB there, "
         f"{facts['bytes_on_device'] / 1e6:.1f} MB on the device{state}"
     )
     return facts

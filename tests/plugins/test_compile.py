@@ -8,15 +8,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from optkit import TransformersEngine, UnavailableError  # noqa: E402
 from optkit_plugins import compile as compiling  # noqa: E402
+
+from optkit import TransformersEngine, UnavailableError  # noqa: E402
 from tests.plugins.tiny import KINDS, plain_greedy, ragged_prompts, tiny_model  # noqa: E402
 
 STATIC = {"generate.cache": "static"}
 
 
 def engine_of(model, tokenizer, make_trial, settings=None, **options):
-    trial = make_trial("compile", compiling.CompileOptions(**{"backend": "eager"} | options), STATIC | (settings or {}), tokenizer=tokenizer)
+    chosen = compiling.CompileOptions(**{"backend": "eager"} | options)
+    trial = make_trial("compile", chosen, STATIC | (settings or {}), tokenizer=tokenizer)
     return compiling.build_engine(model=model, trial=trial), trial
 
 

@@ -26,6 +26,12 @@ TARGETS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digests of the adapters' files are not left in the user's cache."""
+    monkeypatch.setenv("OPTKIT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
 def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
         return model(input_ids=IDS, use_cache=False).logits

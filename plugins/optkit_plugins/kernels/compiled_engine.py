@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ class CompiledEngine(TransformersEngine):
         return steps
 
     def _bucket(self, rows: int, columns: int, sampler: Sampler) -> Bucket:
-        """The buffers and the step for a batch of ``rows`` that need ``columns``: the smallest that fits without much waste, or a new one."""
+        """Buffers and step for a batch of ``rows`` that need ``columns``: the smallest that fits without much waste, or new ones."""
         fitting = [
             key
             for key in self.slots
@@ -130,8 +131,9 @@ class CompiledEngine(TransformersEngine):
             return self.slots[min(fitting)]
         key = (power_of_two(rows), power_of_two(max(columns, FEWEST_COLUMNS)))
         slot = Slot(self.model, *key, sampler, self.eos, additive_mask=self.attention.additive_mask)
-        step = torch.compile(slot.step, dynamic=False, isolate_recompiles=True, **self.arguments)
-        bucket = self.slots[key] = Bucket(f"{key[0]} x {key[1]}", slot, step)
+        name = f"{key[0]} x {key[1]}"
+        step = torch.compile(with_own_code(slot.step, f"step of {name}"), dynamic=False, **self.arguments)
+        bucket = self.slots[key] = Bucket(name, slot, step)
         return bucket
 
     def _sampler(self, exact: bool, width: int) -> tuple[Sampler, bool]:
@@ -172,7 +174,7 @@ class CompiledEngine(TransformersEngine):
             if first:
                 plain = self._logits if kind == "logits" else self._scores
                 arguments = {**self.arguments, "mode": None} if self.arguments.get("mode") == "reduce-overhead" else self.arguments
-                self.forwards[key] = torch.compile(plain, isolate_recompiles=True, **arguments)
+                self.forwards[key] = torch.compile(with_own_code(plain, key), **arguments)
             torch._dynamo.maybe_mark_dynamic(ids, 1)
             if len(sequences) > 1:
                 torch._dynamo.maybe_mark_dynamic(ids, 0)
@@ -233,6 +235,14 @@ def sampler_of(processors: Sequence[Any], config: Any, exact: bool) -> tuple[Sam
                 "leave out compile, or change that value in generation_config.json"
             )
     return Sampler(penalty, tuple(warpers), bool(config.do_sample)), forbid_eos
+
+
+def with_own_code(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The bound method under another name, with a code object of its own: torch.compile keeps its graphs, and counts them against its
+    limit of recompiles, by code object."""
+    function = method.__func__  # type: ignore[attr-defined]
+    code = function.__code__.replace(co_name=name)
+    return types.MethodType(types.FunctionType(code, function.__globals__, name), method.__self__)  # type: ignore[attr-defined]
 
 
 def power_of_two(number: int) -> int:

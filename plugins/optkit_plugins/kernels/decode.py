@@ -29,6 +29,8 @@ class FixedLayer(CacheLayerMixin):
 
     is_compileable = True
     is_sliding = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, rows: int, columns: int, column: torch.Tensor):
         super().__init__()

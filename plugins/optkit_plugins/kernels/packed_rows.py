@@ -1,0 +1,53 @@
+"""Scoring several samples in one row: positions start again with each, and none sees another."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from optkit import TransformersEngine, UnavailableError
+from optkit_plugins.kernels.decode import mask_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from optkit import TrialContext
+
+
+class PackedEngine(TransformersEngine):
+    """The default engine, scoring each batch as one row. Generation is the default engine's."""
+
+    name = "packed"
+
+    def __init__(self, model: PreTrainedModel, trial: TrialContext):
+        super().__init__(model, trial)
+        if "position_ids" not in inspect.signature(model.forward).parameters:
+            raise UnavailableError(f"{type(model).__name__} takes no position_ids, so samples cannot share a row; set batching.kind=length")
+
+    def log_probs(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Iterator[torch.Tensor]:
+        device = self.model.device
+        ids = torch.tensor([[token for sequence in sequences for token in sequence]], device=device)
+        positions = torch.cat([torch.arange(len(sequence), device=device) for sequence in sequences])[None]
+        sample = torch.repeat_interleave(torch.tensor([len(sequence) for sequence in sequences], device=device))
+        with torch.inference_mode():
+            logits = self.model(input_ids=ids, attention_mask=self._masks(sample), position_ids=positions, use_cache=False).logits[0]
+        end = 0
+        for sequence, start in zip(sequences, starts, strict=True):
+            begin, end = end, end + len(sequence)
+            yield logits[begin + start - 1 : end - 1].float().log_softmax(-1)
+
+    def _masks(self, sample: torch.Tensor) -> Any:
+        """Masks (1, 1, tokens, tokens), by layer type where the model asks for it: causal, and within one sample."""
+        place = torch.arange(len(sample), device=sample.device)
+        distance = place[:, None] - place[None, :]
+        own = (sample[:, None] == sample[None, :]) & (distance >= 0)
+        masks = {}
+        for kind, window in mask_windows(self.model).items():
+            mask = own if window is None else own & (distance < window)
+            if self.model.config._attn_implementation == "eager":
+                mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, torch.finfo(self.model.dtype).min)
+            masks[kind] = mask[None, None]
+        return masks.get("", masks)
