@@ -23,8 +23,8 @@ from optkit.samples import Sample, sample_set
 from optkit.stats import speed_up
 from optkit.store import RecordStore
 
-#: Samples that are timed, and new tokens of each, unless asked otherwise.
-TIMED_SAMPLES, TIMED_TOKENS = 8, 32
+#: Samples that are timed at least, and new tokens of each at most. A whole batch is timed in any case.
+TIMED = {"cpu": (8, 32), "cuda": (1, 128)}
 CALIBRATION_SAMPLES = 64
 SHOWN_OUTPUTS = 50
 #: Share of the device's memory that all arms together may take to be measured in turns.
@@ -89,10 +89,11 @@ class Experiment:
         return {"samples": [sample.digest for sample in self.timed_samples()], "tokens": self.timed_tokens()}
 
     def timed_samples(self) -> list[Sample]:
-        return self.setup.samples.samples[: max(TIMED_SAMPLES, int(self.setup.baseline.settings["batch.size"]))]
+        least = TIMED[self.setup.machine.device][0]
+        return self.setup.samples.samples[: max(least, int(self.setup.baseline.settings["batch.size"]))]
 
     def timed_tokens(self) -> int:
-        return min(TIMED_TOKENS, int(self.setup.baseline.settings["generate.max_new_tokens"]))
+        return min(TIMED[self.setup.machine.device][1], int(self.setup.baseline.settings["generate.max_new_tokens"]))
 
     # ------------------------------------------------------------ memo
 

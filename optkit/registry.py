@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from types import ModuleType
 from typing import Any
 
 import pluggy
 
-from optkit import hookspecs
-from optkit.errors import UnavailableError, UsageError, did_you_mean
-from optkit.technique import Technique
+from optkit import hookspecs, plugin_loading
+from optkit.errors import OptkitError, UnavailableError, UsageError, did_you_mean
+from optkit.plugin_loading import Point, one_line
+from optkit.settings import check_name
+from optkit.technique import Claims, Technique
 
 GROUP = "optkit.techniques"
 
@@ -20,7 +25,7 @@ GROUP = "optkit.techniques"
 class Found:
     """One entry point: what it is, and whether it can be used.
 
-    :ivar status: ``ready``, ``unavailable`` (a requirement is missing) or ``broken`` (the plugin itself fails).
+    :ivar status: ``ready``, ``unavailable`` (a requirement is missing), ``broken`` (the plugin itself fails) or ``disabled`` (by the user).
     :ivar cause: why it is not ready.
     :ivar fix: the command or step that helps.
     """
@@ -73,68 +78,129 @@ class Registry:
             answers = caller(**arguments)
             return answers[0] if answers else None
 
-        return call
+        return call if hook != "configure" else lambda **arguments: checked_claims(self.get(name), call, arguments)
+
+
+def checked_claims(row: Found, configure: Callable[..., Any], arguments: dict[str, Any]) -> Claims | None:
+    """What ``configure`` answers. It runs in the command's own process, where a plugin's fault must be named and end nothing.
+
+    :raises UnavailableError: naming the plugin, where it fails, exits, or answers with what is no ``Claims``.
+    """
+    try:
+        with plugin_loading.stdout_kept(row.name):
+            claims = configure(**arguments)
+        if claims is not None and not isinstance(claims, Claims):
+            raise TypeError(f"it answered with {type(claims).__name__}, and optkit.Claims or None is wanted")
+        if claims is not None:
+            for wish in (*claims.settings, *claims.limits):
+                check_name(wish.name)
+            claims.model_dump_json()  # it becomes part of the record
+    except (OptkitError, KeyboardInterrupt) as error:
+        if isinstance(error, UsageError):
+            raise UsageError(f"plugin '{row.name}': {error}") from None
+        raise
+    except BaseException as error:
+        text = f"plugin '{row.name}' of {row.distribution} {row.version} fails in `configure`: {one_line(error)}. "
+        raise UnavailableError(text + switch_off(row.name, row.distribution)) from error
+    return claims
 
 
 def discover() -> Registry:
-    """Load every entry point of the group ``optkit.techniques``, each on its own."""
+    """Load every entry point of the group ``optkit.techniques`` and every plugin file that was named, each on its own.
+
+    :raises UsageError: for a plugin file that is not there.
+    """
     manager = pluggy.PluginManager("optkit")
     manager.add_hookspecs(hookspecs)
+    switches = plugin_loading.switches()
     found: dict[str, Found] = {}
-    problems: list[str] = []
-    for distribution in importlib.metadata.distributions():
-        try:
-            points = [point for point in distribution.entry_points if point.group == GROUP]
-            if not points:
-                continue  # reading the metadata of every distribution would take longer than all the rest
-            label, version = distribution.metadata["Name"] or "an unnamed distribution", distribution.version
-        except Exception as error:  # a malformed file of any distribution must not stop the others
-            problems.append(f"a distribution's entry points cannot be read and are skipped: {error}")
-            continue
-        for point in points:
-            row = _load(point, label, version, manager)
-            earlier = found.get(row.name)
-            if earlier is None:
-                found[row.name] = row
-            elif earlier.distribution != row.distribution:
-                found[row.name] = _twice(earlier, row, manager)
+    problems = list(switches.problems)
+    for point in [*plugin_loading.entry_points(GROUP, problems), *plugin_loading.named_files()]:
+        off = switches.off(point)
+        if off:
+            cause, fix = off
+            row = Found(point.name, point.distribution, point.version, point.module, "disabled", cause=cause, fix=fix)
+        else:
+            row = _load(point, manager)
+        earlier = found.get(row.name)
+        if earlier is None or earlier.status == "disabled":
+            found[row.name] = row
+        elif row.status != "disabled":
+            found[row.name] = _twice(earlier, row)
+    if switches.only:
+        problems += switches.unknown({name for row in found.values() for name in (row.name, row.distribution)})
     return Registry(list(found.values()), manager, problems)
 
 
-def _load(point: importlib.metadata.EntryPoint, label: str, version: str, manager: pluggy.PluginManager) -> Found:
-    facts: dict[str, Any] = {"name": point.name, "distribution": label, "version": version, "module": point.value}
-    off = f"Fix or uninstall {label}, or leave it out with --no-plugin {point.name}."
+def _load(point: Point, manager: pluggy.PluginManager) -> Found:
+    name = point.name or Path(point.module).stem
+    facts: dict[str, Any] = {"name": name, "distribution": point.distribution, "version": point.version, "module": point.module}
+    if point.unfit:
+        fix = f"Update {point.distribution}, or install the optkit that it needs, or `optkit plugins disable {quote(name)}`."
+        return Found(**facts, status="unavailable", cause=point.unfit, fix=fix)
+    off = switch_off(name, point.distribution)
+    technique: Technique | None = None
     try:
-        plugin = point.load()
+        plugin = plugin_loading.imported(point)
+        technique = getattr(plugin, "technique", None)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # also SystemExit: a plugin's import must not end the program
-        return Found(**facts, status="broken", cause=f"its import failed: {type(error).__name__}: {error}", fix=off)
-    technique = getattr(plugin, "technique", None)
+        return Found(**facts, status="broken", cause=f"its import failed: {one_line(error)}", fix=off)
+    if not isinstance(plugin, ModuleType) or not getattr(plugin, "__file__", None):
+        return Found(**facts, status="broken", cause=f"its entry point names {point.module}, which is no module with a file", fix=off)
     if not isinstance(technique, Technique):
-        return Found(**facts, status="broken", cause=f"{point.value} has no `technique = Technique(...)`", fix=off)
-    if technique.name != point.name:
+        return Found(**facts, status="broken", cause=f"{point.module} has no `technique = Technique(...)`", fix=off)
+    facts["name"] = point.name or technique.name
+    if technique.name != facts["name"]:
         cause = f"its entry point is named '{point.name}' and its technique '{technique.name}'"
         return Found(**facts, status="broken", cause=cause, fix=off)
     try:
-        manager.register(plugin, name=point.name)
-        unknown = [caller.name for caller in manager.get_hookcallers(plugin) or [] if not caller.has_spec()]
-        if unknown:
+        technique.options().model_dump(mode="json")
+        missing = missing_requirements(technique)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        cause = f"its options have no usable defaults, or its requirements cannot be read: {one_line(error)}"
+        return Found(**facts, technique=technique, status="broken", cause=cause, fix=off)
+    try:
+        manager.register(plugin, name=technique.name)
+        problem = hook_problem(plugin, manager)
+        if problem:
             manager.unregister(plugin)
-            known = [name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), "optkit_spec")]
-            raise ValueError(f"unknown hook '{unknown[0]}'{did_you_mean(unknown[0], known)}")
+            raise ValueError(problem)
     except Exception as error:
         return Found(**facts, technique=technique, status="broken", cause=" ".join(str(error).split()), fix=off)
-    missing = missing_requirements(technique)
     if missing:
-        return Found(**facts, technique=technique, plugin=plugin, status="unavailable", cause=missing, fix=_install_hint(technique, label))
+        fix = _install_hint(technique, point.distribution)
+        return Found(**facts, technique=technique, plugin=plugin, status="unavailable", cause=missing, fix=fix)
     return Found(**facts, technique=technique, plugin=plugin, status="ready")
 
 
-def _twice(first: Found, second: Found, manager: pluggy.PluginManager) -> Found:
-    cause = f"both {first.distribution} and {second.distribution} bring a technique of this name"
-    return Found(first.name, f"{first.distribution}, {second.distribution}", first.version, first.module, "broken", None, None, cause,
-                 "Uninstall one of them.")  # fmt: skip
+def switch_off(name: str, distribution: str) -> str:
+    return f"Fix or uninstall {distribution}, or `optkit plugins disable {quote(name)}`; for one run --no-plugin {quote(name)}."
+
+
+def hook_problem(plugin: ModuleType, manager: pluggy.PluginManager) -> str:
+    """A hook that would never be called, or not as its author thinks; empty when there is none."""
+    known = [name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), "optkit_spec")]
+    callers = manager.get_hookcallers(plugin) or []
+    for caller in callers:
+        if not caller.has_spec():
+            return f"unknown hook '{caller.name}'{did_you_mean(caller.name, known)}"
+        if any(impl.wrapper or impl.hookwrapper for impl in caller.get_hookimpls() if impl.plugin is plugin):
+            return f"hook '{caller.name}' is marked as a wrapper: hooks are called one technique at a time, so there is nothing to wrap"
+    unmarked = [name for name in known if name in vars(plugin) and name not in {caller.name for caller in callers}]
+    if unmarked:
+        return f"'{unmarked[0]}' bears a hook's name and is no function marked with optkit's @hookimpl: it would never be called"
+    return ""
+
+
+def _twice(first: Found, second: Found) -> Found:
+    both = f"{first.distribution}, {second.distribution}"
+    cause = f"both {first.distribution} ({first.module}) and {second.distribution} ({second.module}) bring a technique of this name"
+    fix = f"Uninstall one of them, or `optkit plugins disable {quote(second.distribution)}`."
+    return Found(first.name, both, first.version, first.module, "broken", cause=cause, fix=fix)
 
 
 def missing_requirements(technique: Technique) -> str:

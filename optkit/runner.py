@@ -127,6 +127,9 @@ class Runner:
         """
         from optkit.predictions import predict
 
+        begin = getattr(self.session.engine, "begin_unit", None)
+        if begin:
+            begin()
         todo = [Sample(**row) for row in samples]
         self.session.encode(todo)
         return predict(self.session, todo, reference, self.task)

@@ -100,7 +100,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
-    from optkit.folders import cache_folder, make_cache_folder
+    from optkit.folders import cache_folder, make_private_folder
 
     state = path.stat()
     key = digest([str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino])
@@ -114,7 +114,7 @@ def file_digest(path: Path) -> str:
     with path.open("rb") as handle:
         value = hashlib.file_digest(handle, "sha256").hexdigest()
     try:
-        make_cache_folder(folder)
+        make_private_folder(folder)
         temporary = folder / f"{key}.{os.getpid()}"
         temporary.write_text(value, encoding="ascii")
         temporary.replace(folder / key)

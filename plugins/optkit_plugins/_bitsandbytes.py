@@ -106,13 +106,14 @@ def four_bit(module: nn.Module, options: FourBitOptions, quant_type: str) -> nn.
     dtype = linear.weight.dtype if options.compute_dtype == "auto" else getattr(torch, options.compute_dtype)
     with torch.device("meta"):
         packed = Linear4bit(width, linear.out_features, bias=linear.bias is not None, compute_dtype=dtype, quant_type=quant_type)
-    packed.weight = Params4bit(
+    weight: Any = Params4bit(
         linear.weight.detach(),
         quant_type=quant_type,
         blocksize=blocksize,
         compress_statistics=options.double_quant,
         module=packed,
-    ).to(linear.weight.device)
+    )
+    packed.weight = weight.to(linear.weight.device)  # quantizes
     if linear.bias is not None:
         # The forward pass would cast it, in place, under the feet of torch.compile.
         packed.bias = torch.nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)

@@ -101,7 +101,7 @@ def groups(model: PreTrainedModel, names: list[str], bits: int, group_size: int,
     """compressed-tensors' ``config_groups``: one a group size, each with its layers."""
     by_size: dict[int | None, list[str]] = {}
     for name in names:
-        width = model.get_submodule(name).in_features
+        width = int(model.get_submodule(name).in_features)  # type: ignore[arg-type]
         by_size.setdefault(fitting_group(width, group_size) if group_size > 0 else None, []).append(name)
     found = {}
     for index, (size, targets) in enumerate(by_size.items()):
@@ -165,34 +165,39 @@ def write_folder(model: PreTrainedModel, grids: dict[str, Grid], folder: Path) -
         weights = {name: model.get_submodule(name).weight for name in grids}
         try:
             for name, grid in grids.items():
-                _put_grid(model.get_submodule(name), grid)
-            compressor = ModelCompressor.from_pretrained_model(model)
-            compressor.compress_model(model)
-            compressor.remove_decompression_hook(model)
+                _pack(model.get_submodule(name), grid)
             model.save_pretrained(folder)
-            compressor.update_config(str(folder))
+            ModelCompressor.from_pretrained_model(model).update_config(str(folder))
         finally:
             for name, weight in weights.items():
                 _take_packed(model.get_submodule(name), weight)
 
 
-def _put_grid(layer: nn.Module, grid: Grid) -> None:
+def _pack(layer: nn.Module, grid: Grid) -> None:
+    """The layer with packed integers in place of its weight.
+
+    They are found in float32: at 8 bits, bfloat16 cannot tell a weight's integer from its neighbours.
+    """
     import torch
-    from compressed_tensors.quantization import QuantizationStatus
+    from compressed_tensors.compressors.base import compress_module
 
-    layer.weight_scale = torch.nn.Parameter(grid.scale, requires_grad=False)
-    layer.weight_zero_point = torch.nn.Parameter(grid.zero_point, requires_grad=False)
+    def frozen(tensor: Any) -> Any:
+        return torch.nn.Parameter(tensor, requires_grad=False)
+
     layer.quantization_scheme = grid.scheme
-    layer.quantization_status = QuantizationStatus.FROZEN
+    layer.weight = frozen(layer.weight.detach().float())  # type: ignore[operator,union-attr]
+    layer.weight_scale, layer.weight_zero_point = frozen(grid.scale.float()), frozen(grid.zero_point)
+    compress_module(layer)
+    layer.weight_scale = frozen(grid.scale)
 
 
-def _take_packed(layer: nn.Module, weight: nn.Parameter | torch.Tensor) -> None:
+def _take_packed(layer: nn.Module, weight: Any) -> None:
     for name in [name for name, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))]:
         if name != "bias":
             delattr(layer, name)
     for name in ("quantization_scheme", "quantization_status"):
         layer.__dict__.pop(name, None)
-    layer.register_parameter("weight", weight)  # type: ignore[arg-type]
+    layer.register_parameter("weight", weight)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -153,8 +154,8 @@ def measure(model: PreTrainedModel, candidates: list[str], *, generate: bool, re
         for name in candidates:
             attend = attention_of(name)
             try:
-                prompt = best_of(lambda attend=attend: attend(query, key, value, True), model.device.type, repeats)
-                step = best_of(lambda attend=attend: attend(query[:, :, -1:], key, value, False), model.device.type, repeats)
+                prompt = best_of(partial(attend, query, key, value, True), model.device.type, repeats)
+                step = best_of(partial(attend, query[:, :, -1:], key, value, False), model.device.type, repeats)
             except (RuntimeError, ImportError):  # this kernel takes no such heads or dtype
                 continue
             found[name] = prompt + 64 * step if generate else prompt

@@ -28,10 +28,10 @@ class GptqOptions(Options):
     mode: Literal["quantize", "read"] = Field("quantize", description="quantize a model, or read a checkpoint of GPTQ or AWQ files")
     bits: Literal[2, 3, 4, 8] = Field(4, description="bits a weight")
     group_size: int = Field(
-        128, description="weights that share a scale, -1 for a row; where it does not divide a layer's width, a half or quarter of it, or a row"
+        128, description="weights that share a scale, -1 for a row; where it does not divide a width, a half or quarter of it, or a row"
     )
     symmetric: bool = Field(True, description="no zero points: what most kernels read; off is more exact at 2 and 3 bits")
-    damp: float = Field(0.01, gt=0, le=1, description="share of the Hessian's mean diagonal that is added to it, so that it can be inverted")
+    damp: float = Field(0.01, gt=0, le=1, description="share of the Hessian's mean diagonal that is added to it before it is inverted")
     act_order: bool = Field(True, description="round the columns with the largest activations first; the stored format is the same")
     samples: int = Field(256, ge=1, description="calibration samples at most")
     min_parameters: int = Field(1000, ge=0, description="leave smaller layers alone")
@@ -154,7 +154,8 @@ def save_model(model: PreTrainedModel, folder: Path, trial: TrialContext) -> boo
         return None
     if _packed.was_conv1d(model.get_submodule(name) for name in grids):
         raise UsageError(
-            f"gptq: {type(model).__name__} is built of Conv1D layers, into which transformers cannot load packed weights; export it without gptq"
+            f"gptq: {type(model).__name__} is built of Conv1D layers, into which transformers cannot load packed weights; "
+            "export it without gptq"
         )
     _gptq_quantize.write_folder(model, grids, folder)
     return True

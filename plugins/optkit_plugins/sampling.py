@@ -88,7 +88,7 @@ def prove_effect(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
     if describe is None or model is None:
         facts = {name: trial.settings[f"generate.{name}"] for name in names}
     else:
-        config, _ = model._prepare_generation_config(describe(1, False))
+        config, _ = model._prepare_generation_config(describe(1, False))  # type: ignore[operator]
         facts = {name: getattr(config, name, None) for name in names if name not in DRAWING or config.do_sample}
     shown = [f"{name} {value}" for name, value in facts.items() if value not in (None, False) and value != NEUTRAL.get(name)]
     return facts | {"summary": ", ".join(shown) or "greedy"}

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from optkit_plugins import batching  # noqa: E402
-
 from optkit import Sample, TransformersEngine, UnavailableError  # noqa: E402
 from optkit.machine import detect  # noqa: E402
+from optkit_plugins import batching  # noqa: E402
 from tests.plugins.tiny import KINDS, ragged_prompts, tiny_model  # noqa: E402
 
 CPU = dataclasses.replace(detect(), device="cpu")

@@ -8,9 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from optkit_plugins import compile as compiling  # noqa: E402
-
 from optkit import TransformersEngine, UnavailableError  # noqa: E402
+from optkit_plugins import compile as compiling  # noqa: E402
 from tests.plugins.tiny import KINDS, plain_greedy, ragged_prompts, tiny_model  # noqa: E402
 
 STATIC = {"generate.cache": "static"}

@@ -8,10 +8,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from optkit_plugins import flash  # noqa: E402
-
 from optkit import UnavailableError  # noqa: E402
 from optkit.machine import detect  # noqa: E402
+from optkit_plugins import flash  # noqa: E402
 from tests.plugins.tiny import plain_greedy, ragged_prompts, tiny_model  # noqa: E402
 
 CPU = dataclasses.replace(detect(), device="cpu")

@@ -8,11 +8,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from optkit_plugins import kv_cache  # noqa: E402
-from optkit_plugins.kernels.quantized_cache import Packed, QuantizedBlockCache, value_group  # noqa: E402
-
 from optkit import TransformersEngine, UnavailableError  # noqa: E402
 from optkit.machine import detect  # noqa: E402
+from optkit_plugins import kv_cache  # noqa: E402
+from optkit_plugins.kernels.quantized_cache import Packed, QuantizedBlockCache, value_group  # noqa: E402
 from tests.plugins.tiny import plain_greedy, ragged_prompts, tiny_model  # noqa: E402
 
 CPU = dataclasses.replace(detect(), device="cpu")

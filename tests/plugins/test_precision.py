@@ -8,9 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from optkit_plugins import precision  # noqa: E402
-
 from optkit.machine import detect  # noqa: E402
+from optkit_plugins import precision  # noqa: E402
 from tests.plugins.tiny import tiny_model  # noqa: E402
 
 CPU = dataclasses.replace(detect(), device="cpu", cpu_features=("avx2",))

@@ -6,10 +6,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from optkit_plugins import sampling  # noqa: E402
-
 from optkit import TransformersEngine  # noqa: E402
 from optkit.machine import detect  # noqa: E402
+from optkit_plugins import sampling  # noqa: E402
 from tests.plugins.tiny import ragged_prompts, tiny_model  # noqa: E402
 
 

@@ -66,17 +66,17 @@ class EngineAttention:
     """The implementations of one model's engine: ``decode`` for one query a row, ``score`` for whole right-padded rows."""
 
     def __init__(self, model: PreTrainedModel):
-        self.configs = list({id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values())
+        self.configs: list[Any] = list({id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values())
         self.own = str(model.config._attn_implementation)
         self.names = {"decode": self.own, "score": self.own}
         #: bool masks work for everything built on SDPA, eager attention adds its mask to the scores
         self.additive_mask = self.own == "eager"
         if self.own in ALL_ATTENTION_FUNCTIONS and ALL_MASK_ATTENTION_FUNCTIONS.get(self.own) is sdpa_mask:
-            attend = ALL_ATTENTION_FUNCTIONS[self.own]
+            attend: Attention = ALL_ATTENTION_FUNCTIONS[self.own]  # type: ignore[assignment]
             self.names = {"decode": f"optkit_decode_{self.own}", "score": f"optkit_score_{self.own}"}
             AttentionInterface.register(self.names["decode"], grouped_decode(attend))
-            AttentionMaskInterface.register(self.names["decode"], sdpa_mask)
-            AttentionInterface.register(self.names["score"], attend)
+            AttentionMaskInterface.register(self.names["decode"], sdpa_mask)  # type: ignore[arg-type]
+            AttentionInterface.register(self.names["score"], attend)  # type: ignore[arg-type]
             AttentionMaskInterface.register(self.names["score"], causal_without_padding)
 
     @property

@@ -50,11 +50,12 @@ class Packed:
         return codes.to(self.scale.dtype) * self.scale + self.zero
 
     def append(self, other: Packed, dim: int) -> Packed:
-        pairs = ((getattr(self, name), getattr(other, name)) for name in ("codes", "scale", "zero"))
-        return Packed(*(torch.cat(pair, dim) for pair in pairs), self.bits)
+        codes, scale, zero = (torch.cat(pair, dim) for pair in zip(self.tensors(), other.tensors(), strict=True))
+        return Packed(codes, scale, zero, self.bits)
 
     def select(self, rows: torch.Tensor) -> Packed:
-        return Packed(*(tensor[rows] for tensor in self.tensors()), self.bits)
+        codes, scale, zero = (tensor[rows] for tensor in self.tensors())
+        return Packed(codes, scale, zero, self.bits)
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.codes, self.scale, self.zero
@@ -64,6 +65,8 @@ class QuantizedBlockLayer(DynamicLayer):
     """Keys and values of one layer, (rows, heads, tokens, size): older tokens packed in blocks, recent ones as they are."""
 
     is_croppable = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, bits: int):
         super().__init__()

@@ -1,0 +1,270 @@
+"""Which plugins are loaded, and how foreign code is kept from harming the command that imports it.
+
+A plugin can be switched off (``optkit plugins disable``), left out for one command (``OPTKIT_LOAD_PLUGINS`` lists those that are
+loaded; empty loads none), or tried from a file that is named explicitly (``OPTKIT_PLUGIN_FILE``). No configuration file loads code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import io
+import os
+import select
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optkit.errors import OptkitError, UsageError, did_you_mean
+from optkit.folders import _place, make_private_folder, write_durably
+
+ONLY = "OPTKIT_LOAD_PLUGINS"
+FILES = "OPTKIT_PLUGIN_FILE"
+#: Seconds after which an import counts as hanging.
+IMPORT_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """Something that may hold a technique: an entry point of a distribution, or a file.
+
+    :ivar name: as users type it. :ivar module: where the code is. :ivar foreign: not one of optkit's own.
+    :ivar unfit: why it cannot work with this optkit, known before anything of it is imported.
+    """
+
+    name: str
+    module: str
+    distribution: str
+    version: str
+    load: Callable[[], Any]
+    foreign: bool = True
+    unfit: str = ""
+
+
+# ------------------------------------------------------------ what is there
+
+
+def entry_points(group: str, problems: list[str]) -> Iterator[Point]:
+    """The entry points of every distribution, each distribution once; what cannot be read is added to ``problems``."""
+    seen = set()
+    for distribution in importlib.metadata.distributions():
+        try:
+            points = [point for point in distribution.entry_points if point.group == group]
+            if not points:
+                continue  # reading the metadata of every distribution would take longer than all the rest
+            label, version = distribution.metadata["Name"] or "an unnamed distribution", distribution.version or "of no version"
+            foreign = label != "optkit"
+            unfit = needs_another_optkit(distribution) if foreign else ""
+        except Exception as error:  # a malformed file of any distribution must not stop the others
+            where = getattr(distribution, "_path", None)
+            problems.append(f"a distribution's entry points cannot be read and are skipped ({where}): {one_line(error)}")
+            continue
+        if label in seen:
+            continue  # the first one on the path is the one that Python imports
+        seen.add(label)
+        for point in points:
+            yield Point(point.name, point.value, label, version, point.load, foreign, unfit)
+
+
+def needs_another_optkit(distribution: importlib.metadata.Distribution) -> str:
+    """In words, when the distribution requires an optkit that is not this one."""
+    import optkit
+
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for text in distribution.requires or []:
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue  # pip's business
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if requirement.name.lower() == "optkit" and applies and not requirement.specifier.contains(optkit.__version__, prereleases=True):
+            return f"it needs {requirement}, and this is optkit {optkit.__version__}"
+    return ""
+
+
+def named_files() -> Iterator[Point]:
+    """The files that ``OPTKIT_PLUGIN_FILE`` names. :raises UsageError: for one that is not there."""
+    for text in filter(None, os.environ.get(FILES, "").split(os.pathsep)):
+        path = Path(text).expanduser().absolute()
+        if not path.is_file():
+            raise UsageError(f"plugin file '{text}' is not a file; give the path of a Python file with a `technique`")
+        yield Point("", str(path), str(path), "(a file)", lambda path=path: load_file(path))
+
+
+def load_file(path: Path) -> Any:
+    name = f"optkit_plugin_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # pydantic looks annotations up there
+    spec.loader.exec_module(module)
+    return module
+
+
+# ------------------------------------------------------------ what is switched off
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What the user switched off: by name or by distribution."""
+
+    disabled: frozenset[str] = frozenset()
+    only: frozenset[str] | None = None
+    problems: tuple[str, ...] = ()
+
+    def off(self, point: Point) -> tuple[str, str] | None:
+        """Cause and way back of a plugin that is not to be loaded."""
+        if self.only is not None and not {point.name, point.distribution} & self.only and point.name:
+            return f"{ONLY} does not name it", f"Unset {ONLY}, or add {point.name} to it."
+        named = {point.name, point.distribution} & self.disabled
+        if named:
+            return "switched off with `optkit plugins disable`", f"optkit plugins enable {min(named)}"
+        return None
+
+    def unknown(self, names: set[str]) -> list[str]:
+        """Complaints about names in ``OPTKIT_LOAD_PLUGINS`` that nothing has: a misspelt one would load nothing in silence."""
+        return [f"{ONLY} names '{name}', which is not installed{did_you_mean(name, names)}" for name in sorted((self.only or set()) - names)]
+
+
+def switches() -> Switches:
+    text = os.environ.get(ONLY)
+    only = None if text is None else frozenset(name.strip() for name in text.split(",") if name.strip())
+    try:
+        return Switches(read_disabled(), only)
+    except OptkitError as error:
+        return Switches(frozenset(), only, (str(error),))
+
+
+def disabled_file() -> Path:
+    """A name or distribution a line. In ``OPTKIT_CONFIG_DIR``, ``$XDG_CONFIG_HOME/optkit`` or ``~/.config/optkit``."""
+    return _place(None, "OPTKIT_CONFIG_DIR", "XDG_CONFIG_HOME", ".config", "optkit") / "disabled-plugins"
+
+
+def read_disabled() -> frozenset[str]:
+    """:raises OptkitError: where the file is there and cannot be read."""
+    path = disabled_file()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return frozenset()
+    except (OSError, ValueError) as error:
+        raise OptkitError(f"the list of disabled plugins cannot be read, so none is: {path}: {one_line(error)}") from None
+    return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+
+
+def write_disabled(names: frozenset[str]) -> None:
+    """:raises OptkitError: where it cannot be written."""
+    path = disabled_file()
+    try:
+        make_private_folder(path.parent)
+        write_durably(str(path), "".join(f"{name}\n" for name in sorted(names)).encode())
+    except OSError as error:
+        raise OptkitError(f"cannot write {path}: {error.strerror or error}; set OPTKIT_CONFIG_DIR to a folder that can be written") from None
+
+
+# ------------------------------------------------------------ importing
+
+
+def imported(point: Point) -> Any:
+    """The point's object. Whatever its import raises comes through, except that a plugin cannot pretend to be the user's Ctrl-C.
+
+    :raises ImportError: where the import ends or blocks the process: tried in a forked copy first, if it is safe to fork here.
+    """
+    if not point.foreign:
+        return point.load()
+    if os.environ.get(ONLY) is None and _can_fork():
+        death = _death_in_a_copy(point)
+        if death:
+            raise ImportError(death)
+    try:
+        with stdout_kept(point.name or point.module):
+            return point.load()
+    except KeyboardInterrupt as error:
+        if _raised_by_code(error):
+            raise ImportError("it raises KeyboardInterrupt") from None
+        raise
+
+
+@contextlib.contextmanager
+def stdout_kept(name: str) -> Iterator[None]:
+    """Standard output belongs to the command's result: what a plugin prints goes to stderr. Module path and folder are put back."""
+    path, printed = list(sys.path), io.StringIO()
+    folder = os.open(".", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        sys.path[:] = path
+        os.fchdir(folder)
+        os.close(folder)
+        if not printed.closed and printed.getvalue().strip():
+            from optkit.report.text import clean
+
+            print(f"plugin {name} prints: {clean(printed.getvalue().strip(), 300)}", file=sys.stderr)
+
+
+def _can_fork() -> bool:
+    """A copy of a process with threads may hang, and one with torch has threads; such a process is a trial's or the user's own."""
+    try:
+        return "torch" not in sys.modules and len(os.listdir("/proc/self/task")) == 1
+    except OSError:
+        return False
+
+
+def _death_in_a_copy(point: Point) -> str:
+    """Import in a forked copy: how it ended the process or blocked it, or nothing when it came to an end, good or bad."""
+    import resource
+    import signal
+
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(nowhere, stream)
+            with contextlib.suppress(BaseException):
+                point.load()
+            os.write(writer, b"end")
+        finally:
+            os._exit(0)
+    os.close(writer)
+    try:
+        ready, _, _ = select.select([reader], [], [], IMPORT_TIMEOUT)
+        ended = bool(ready) and os.read(reader, 3) == b"end"
+        if not ready:
+            os.kill(child, signal.SIGKILL)
+    finally:
+        os.close(reader)
+        _, status = os.waitpid(child, 0)
+    if not ready:
+        return f"it takes more than {IMPORT_TIMEOUT:.0f} s"
+    if os.WIFSIGNALED(status) and not ended:
+        return f"it kills the process ({signal.Signals(os.WTERMSIG(status)).name})"
+    return "" if ended else f"it ends the process with status {os.waitstatus_to_exitcode(status)}"
+
+
+def _raised_by_code(error: BaseException) -> bool:
+    """Whether a ``raise`` statement made this exception: one that Ctrl-C made stands at some other instruction."""
+    import dis
+
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of foreign code's error on one line, whatever its ``__str__`` does."""
+    try:
+        text = " ".join(str(error).split())[:300]
+    except Exception:
+        text = "its message cannot be shown"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
