@@ -41,7 +41,28 @@ _HOME = {
     "run": "api",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "Claims",
+    "Engine",
+    "hookimpl",
+    "Limit",
+    "Machine",
+    "ModelSource",
+    "optimize",
+    "Optimized",
+    "Options",
+    "OptkitError",
+    "run",
+    "Sample",
+    "Setting",
+    "Settings",
+    "Technique",
+    "TransformersEngine",
+    "TrialContext",
+    "UnavailableError",
+    "UsageError",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

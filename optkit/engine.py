@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from optkit.errors import UsageError
+
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedModel
@@ -87,8 +89,8 @@ class TransformersEngine(Engine):
         }
         cache = settings["generate.cache"]
         if cache == "quantized":
-            wanted |= {"cache_implementation": "quantized", "cache_config": quantized_cache(settings["generate.cache_bits"] or 4)}
-        elif cache in ("static", "offloaded"):
+            raise UsageError("generate.cache = quantized needs a technique that keeps such a cache; `optkit list-plugins` shows them")
+        if cache in ("static", "offloaded"):
             wanted["cache_implementation"] = cache
         lookup = settings["generate.prompt_lookup_tokens"]
         if lookup:
@@ -120,11 +122,6 @@ SAMPLING = tuple(
     )
 )  # fmt: skip
 NEEDS_SAMPLING = frozenset({"generate.temperature", "generate.top_k", "generate.top_p"})
-
-
-def quantized_cache(bits: int) -> dict[str, Any]:
-    """Arguments of transformers' QuantizedCache (KIVI, Liu et al. 2024); needs optimum-quanto."""
-    return {"backend": "quanto", "nbits": bits}
 
 
 def sliding_cache(model: PreTrainedModel, window: int | None) -> Any:

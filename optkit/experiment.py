@@ -11,7 +11,7 @@ from typing import Any
 from optkit import compare, identity, metrics
 from optkit.canonical import digest
 from optkit.errors import OptkitError, UnavailableError
-from optkit.folders import cache_folder, make_cache_folder, records_folder
+from optkit.folders import cache_folder, make_private_folder, records_folder
 from optkit.machine import detect, silent_cpu_fallback
 from optkit.memo import Memo
 from optkit.plan import Plan
@@ -19,13 +19,12 @@ from optkit.predictions_memo import known_predictions, remember_predictions
 from optkit.profile import missing_for
 from optkit.record import arm_row, finite, limit_seconds
 from optkit.request import Request, Setup, prepare
-from optkit.samples import Sample, sample_set
+from optkit.samples import Sample
 from optkit.stats import speed_up
 from optkit.store import RecordStore
 
 #: Samples that are timed at least, and new tokens of each at most. A whole batch is timed in any case.
 TIMED = {"cpu": (8, 32), "cuda": (1, 128)}
-CALIBRATION_SAMPLES = 64
 SHOWN_OUTPUTS = 50
 #: Share of the device's memory that all arms together may take to be measured in turns.
 FITTING_SHARE = 0.85
@@ -111,7 +110,7 @@ class Experiment:
 
         setup = self.setup
         cache = cache_folder(self.request.cache_dir)
-        make_cache_folder(cache / "inductor")
+        make_private_folder(cache / "inductor")
         self.folder = new_run_folder(cache)
         environment = {
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
@@ -153,16 +152,13 @@ class Experiment:
         """What the process of one plan is told."""
         setup = self.setup
         watch = {"task": setup.task, "steps": _all_steps(setup.plans), "settings": []} if plan is setup.baseline else None
-        calibration = setup.samples.samples[-CALIBRATION_SAMPLES:]
-        if setup.source.name == "bundled" and not self.request.samples:
-            calibration = sample_set("bundled:names", setup.source, limit=CALIBRATION_SAMPLES).samples
         return {
             "plan": plan.to_json(),
             "watch": watch,
             "source": setup.source.to_json(),
             "machine": setup.machine.model_dump(),
             "timing_samples": [_plain(sample) for sample in self.timed_samples()],
-            "calibration": [_plain(sample) for sample in calibration],
+            "calibration": [_plain(sample) for sample in setup.samples.calibration],
             "new_tokens": self.timed_tokens(),
             "threads": setup.machine.cpu_cores,
             "seed": self.request.seed,
@@ -259,7 +255,7 @@ class Experiment:
 def new_run_folder(cache: Path) -> Path:
     """A folder for one run's logs and for its trials' files; those of runs older than a week are removed."""
     runs = cache / "runs"
-    make_cache_folder(runs)
+    make_private_folder(runs)
     for old in runs.iterdir():
         if time.time() - old.stat().st_mtime > 7 * 86400:
             shutil.rmtree(old, ignore_errors=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.requirements import Requirement
 
 import optkit
+from optkit.canonical import digest
 from optkit.plan import Plan
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def base(setup: Setup) -> dict[str, Any]:
         "cpu": [machine.cpu_model, machine.cpu_cores, sorted(machine.cpu_features)],
         "task": setup.task,
         "seed": setup.request.seed,
+        "calibration": digest([sample.digest for sample in setup.samples.calibration]),
     }
 
 

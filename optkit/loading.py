@@ -27,10 +27,10 @@ def load_model(source: ModelSource, trial: TrialContext) -> PreTrainedModel:
     settings = trial.settings
     arguments = {
         "dtype": trial.dtype or "auto",
-        "attn_implementation": settings["load.attention"],
         "trust_remote_code": bool(settings["load.trust_remote_code"]),
     }
     config = load_config(source, settings)
+    arguments["attn_implementation"] = config._attn_implementation
     if source.kind == "random":
         return random_model(config, trial)
     folder = Path(source.location)
@@ -59,7 +59,7 @@ def random_model(config: Any, trial: TrialContext) -> PreTrainedModel:
     dtype = trial.dtype or getattr(config, "dtype", None) or torch.float32
     with torch.device(trial.device):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=trial.settings["load.attention"], trust_remote_code=False
+            config, dtype=dtype, attn_implementation=config._attn_implementation, trust_remote_code=False
         )
     model.generation_config.eos_token_id = getattr(config, "eos_token_id", None)
     return model.eval()
@@ -78,10 +78,16 @@ def load_config(source: ModelSource, settings: Settings) -> Any:
             config = AutoConfig.from_pretrained(source.location, trust_remote_code=bool(settings["load.trust_remote_code"]))
     except (OSError, ValueError, KeyError) as error:
         raise _load_error(source, error) from error
-    config._attn_implementation = settings["load.attention"]
+    config._attn_implementation = attention_for(config, settings["load.attention"])
     if source.shrink:
         shrink(config)
     return config
+
+
+def attention_for(config: Any, wanted: str) -> str:
+    """``wanted``, but eager where the model caps its attention logits: SDPA has no such cap, and transformers drops it in silence."""
+    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    return "eager" if capped and wanted == "sdpa" else wanted
 
 
 def shrink(config: Any) -> None:

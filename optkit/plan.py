@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def lossy(self) -> bool:
-        return any(step.technique.lossy for step in self.steps)
+        return any(step.technique.lossy if step.claims.lossy is None else step.claims.lossy for step in self.steps)
 
     def owner(self, role: str) -> Step | None:
         return next((step for step in self.steps if role in step.roles), None)

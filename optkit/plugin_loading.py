@@ -7,8 +7,9 @@ loaded; empty loads none), or tried from a file that is named explicitly (``OPTK
 from __future__ import annotations
 
 import contextlib
-import importlib
+import functools
 import importlib.metadata
+import importlib.util
 import io
 import os
 import select
@@ -71,9 +72,9 @@ def entry_points(group: str, problems: list[str]) -> Iterator[Point]:
 
 def needs_another_optkit(distribution: importlib.metadata.Distribution) -> str:
     """In words, when the distribution requires an optkit that is not this one."""
-    import optkit
-
     from packaging.requirements import InvalidRequirement, Requirement
+
+    import optkit
 
     for text in distribution.requires or []:
         try:
@@ -92,7 +93,7 @@ def named_files() -> Iterator[Point]:
         path = Path(text).expanduser().absolute()
         if not path.is_file():
             raise UsageError(f"plugin file '{text}' is not a file; give the path of a Python file with a `technique`")
-        yield Point("", str(path), str(path), "(a file)", lambda path=path: load_file(path))
+        yield Point("", str(path), str(path), "(a file)", functools.partial(load_file, path))
 
 
 def load_file(path: Path) -> Any:
@@ -128,7 +129,8 @@ class Switches:
 
     def unknown(self, names: set[str]) -> list[str]:
         """Complaints about names in ``OPTKIT_LOAD_PLUGINS`` that nothing has: a misspelt one would load nothing in silence."""
-        return [f"{ONLY} names '{name}', which is not installed{did_you_mean(name, names)}" for name in sorted((self.only or set()) - names)]
+        unknown = sorted((self.only or frozenset()) - names)
+        return [f"{ONLY} names '{name}', which is not installed{did_you_mean(name, names)}" for name in unknown]
 
 
 def switches() -> Switches:
@@ -164,7 +166,8 @@ def write_disabled(names: frozenset[str]) -> None:
         make_private_folder(path.parent)
         write_durably(str(path), "".join(f"{name}\n" for name in sorted(names)).encode())
     except OSError as error:
-        raise OptkitError(f"cannot write {path}: {error.strerror or error}; set OPTKIT_CONFIG_DIR to a folder that can be written") from None
+        reason = f"cannot write {path}: {error.strerror or error}"
+        raise OptkitError(f"{reason}; set OPTKIT_CONFIG_DIR to a folder that can be written") from None
 
 
 # ------------------------------------------------------------ importing
@@ -177,7 +180,7 @@ def imported(point: Point) -> Any:
     """
     if not point.foreign:
         return point.load()
-    if os.environ.get(ONLY) is None and _can_fork():
+    if _can_fork():
         death = _death_in_a_copy(point)
         if death:
             raise ImportError(death)

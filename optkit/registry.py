@@ -15,7 +15,7 @@ import pluggy
 from optkit import hookspecs, plugin_loading
 from optkit.errors import OptkitError, UnavailableError, UsageError, did_you_mean
 from optkit.plugin_loading import Point, one_line
-from optkit.settings import check_name
+from optkit.settings import KNOWN
 from optkit.technique import Claims, Technique
 
 GROUP = "optkit.techniques"
@@ -45,7 +45,8 @@ class Found:
         """The technique. :raises UnavailableError: naming the distribution, the cause and the way out."""
         if self.status == "ready" and self.technique is not None:
             return self.technique
-        raise UnavailableError(f"plugin '{self.name}' of {self.distribution} {self.version} is {self.status}: {self.cause}. {self.fix}".rstrip())
+        text = f"plugin '{self.name}' of {self.distribution} {self.version} is {self.status}: {self.cause}. {self.fix}"
+        raise UnavailableError(text.rstrip())
 
 
 class Registry:
@@ -89,20 +90,21 @@ def checked_claims(row: Found, configure: Callable[..., Any], arguments: dict[st
     try:
         with plugin_loading.stdout_kept(row.name):
             claims = configure(**arguments)
-        if claims is not None and not isinstance(claims, Claims):
+        if claims is None:
+            return None
+        if not isinstance(claims, Claims):
             raise TypeError(f"it answered with {type(claims).__name__}, and optkit.Claims or None is wanted")
-        if claims is not None:
-            for wish in (*claims.settings, *claims.limits):
-                check_name(wish.name)
-            claims.model_dump_json()  # it becomes part of the record
-    except (OptkitError, KeyboardInterrupt) as error:
-        if isinstance(error, UsageError):
-            raise UsageError(f"plugin '{row.name}': {error}") from None
+        named = [setting.name for setting in claims.settings] + [limit.name for limit in claims.limits]
+        unknown = [name for name in named if name not in KNOWN]
+        if unknown:
+            raise ValueError(f"it names the setting '{unknown[0]}', which does not exist{did_you_mean(unknown[0], KNOWN)}")
+        claims.model_dump_json()  # it becomes part of the record
+        return claims
+    except (OptkitError, KeyboardInterrupt):
         raise
     except BaseException as error:
         text = f"plugin '{row.name}' of {row.distribution} {row.version} fails in `configure`: {one_line(error)}. "
         raise UnavailableError(text + switch_off(row.name, row.distribution)) from error
-    return claims
 
 
 def discover() -> Registry:

@@ -15,6 +15,8 @@ from optkit.sources import ModelSource, bundled_folder
 
 #: Characters of one sample when a plain text file is cut at paragraphs.
 TEXT_SAMPLE_CHARACTERS = 2000
+#: Samples beyond those that are evaluated that techniques may calibrate on.
+CALIBRATION_SAMPLES = 64
 
 
 @dataclass
@@ -47,10 +49,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Samples with a name and a digest over their contents."""
+    """Samples with a name and a digest over their contents. ``calibration`` are others that are never evaluated."""
 
     name: str
     samples: list[Sample]
+    calibration: list[Sample] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
@@ -81,11 +84,17 @@ def sample_set(text: str | None, source: ModelSource, *, limit: int | None = Non
         samples = dataset_samples(text.removeprefix("hf:"), limit)
     else:
         samples = file_samples(Path(text).expanduser())
-    if limit is not None:
-        samples = samples[:limit]
     if not samples:
         raise UsageError(f"'{text}' holds no samples")
-    return SampleSet(text, samples)
+    evaluated = samples[:limit] if limit is not None else samples
+    return SampleSet(text, evaluated, (samples[len(evaluated) :] or others(text))[:CALIBRATION_SAMPLES])
+
+
+def others(text: str) -> list[Sample]:
+    """Samples beside those that are evaluated, where a source can give more of its kind."""
+    if text.startswith("random:"):
+        return random_samples(text.removeprefix("random:"), "calibration")
+    return []
 
 
 def bundled_samples(name: str) -> list[Sample]:
@@ -96,12 +105,12 @@ def bundled_samples(name: str) -> list[Sample]:
     return jsonl_samples(path)
 
 
-def random_samples(shape: str) -> list[Sample]:
+def random_samples(shape: str, name: str = "random") -> list[Sample]:
     match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", shape)
     if not match or not int(match[1]) or not int(match[2]):
         raise UsageError(f"random:{shape} is not COUNTxTOKENS, such as random:64x128")
     count, tokens = int(match[1]), int(match[2])
-    return [Sample(id=f"random/{index}", prompt="", extra={"random_tokens": tokens}) for index in range(count)]
+    return [Sample(id=f"{name}/{index}", prompt="", extra={"random_tokens": tokens}) for index in range(count)]
 
 
 def file_samples(path: Path) -> list[Sample]:

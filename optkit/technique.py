@@ -57,6 +57,7 @@ class Claims(BaseModel):
     forbids: frozenset[str] = frozenset()
     refuses: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    lossy: bool | None = Field(default=None, description="whether outputs may differ beyond rounding, where the options decide it")
     weight_bits: float | None = Field(default=None, description="bits that a linear weight takes afterwards, for the memory estimate")
     undescribed: str | None = Field(default=None, description="what decides the outputs and cannot be described: nothing is then memoized")
     problem: str | None = Field(default=None, description="why this technique cannot run here with these options, and the way out")
@@ -78,6 +79,7 @@ class Technique(BaseModel):
     :param requires: distributions needed, as PEP 508 strings.
     :param extra: the extra of the plugin's distribution that installs them.
     :param preload: modules that its trials import anyway, and that only define things when imported: the server imports them once.
+    :param exceptions: checks of ``optkit.testing`` that it cannot pass, each with the reason (``{"gpt2": "has no rotary positions"}``).
     :param tested_on: the devices on which it was really run, such as ``"cpu"`` or ``"NVIDIA H200"``; empty when nobody ran it.
     """
 
@@ -102,6 +104,7 @@ class Technique(BaseModel):
     preload: tuple[str, ...] = ()
     options: type[Options] = Options
     paper: str = ""
+    exceptions: dict[str, str] = {}
     tested_on: tuple[str, ...] = ()
 
     @field_validator("summary")

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 #: Group sizes below this are not tried in place of one that does not divide a layer's width: their scales cost a bit a weight and more.
 SMALLEST_GROUP = 32
-#: How close a weight divided by its scale has to be to an integer to lie on the grid, in steps (bfloat16 weights have 8 bits).
-OFF_GRID = 0.02
+#: How close a weight divided by its scale has to be to an integer to lie on the grid, in steps, beside the rounding of its dtype.
+OFF_GRID = 1e-3
 
 
 @dataclass
@@ -57,12 +57,15 @@ class Grid:
 
     def holds(self, weight: torch.Tensor, rows: int = 16) -> bool:
         """Whether the first rows of the weight lie on the grid."""
+        import torch
+
+        rounding = torch.finfo(weight.dtype).eps / 2
         sample = weight.detach()[:rows].float()
         scale = self.scale[:rows].float().repeat_interleave(sample.shape[1] // self.scale.shape[1], 1)
         zero = self.zero_point[:rows].float().repeat_interleave(sample.shape[1] // self.scale.shape[1], 1)
         steps = sample / scale + zero
         half = 2 ** (self.bits - 1)
-        on_grid = (steps - steps.round()).abs() <= OFF_GRID * steps.abs().clamp(min=1)
+        on_grid = (steps - steps.round()).abs() <= OFF_GRID + rounding * (sample / scale).abs()
         return bool((on_grid & (steps >= -half - 0.5) & (steps <= half - 0.5)).all())
 
 

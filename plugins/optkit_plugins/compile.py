@@ -38,6 +38,7 @@ class CompileOptions(Options):
 
 
 technique = Technique(
+    preload=("torch._inductor.compile_fx",),
     name="compile",
     stage="engine",
     summary="one compiled graph a token over a static KV cache; costs compile time and a cache of full length",

@@ -52,6 +52,7 @@ technique = Technique(
     lossy=True,
     requires=("torchao>=0.17",),
     extra="int8",
+    preload=("torchao.quantization",),
     options=Int8Options,
     paper="https://arxiv.org/abs/2208.07339",
     tested_on=("cpu",),

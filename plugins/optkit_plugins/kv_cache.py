@@ -62,6 +62,7 @@ def configure(options: KvCacheOptions, task: Task, machine: Machine) -> Claims:
         settings=tuple(Setting(name=name, value=value, because=REASONS[options.kind], strength="must") for name, value in values.items()),
         limits=(Limit(name="generate.prompt_lookup_tokens", allowed=(None,), because=f"a {options.kind} cache cannot take tokens back"),),
         refuses=frozenset({"draft-tokens"}),
+        lossy=options.kind in ("quantized", "sliding"),
         problem=problem,
     )
 

@@ -27,6 +27,7 @@ technique = Technique(
     lossy=True,
     requires=("bitsandbytes>=0.50",),
     extra="nf4",
+    preload=("bitsandbytes",),
     options=_bitsandbytes.FourBitOptions,
     paper="https://arxiv.org/abs/2305.14314",
     tested_on=("cpu",),

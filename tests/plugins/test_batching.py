@@ -98,10 +98,11 @@ def test_packed_rows_hold_their_tokens_and_nothing_is_lost(lengths, tokens):
         assert len(row) == 1 or sum(lengths[index] for index in row) <= tokens
 
 
-@given(lengths.filter(bool), st.integers(1, 9))
-def test_batches_by_length_pad_no_more_than_file_order(lengths, size):
+@given(lengths, st.integers(1, 9))
+def test_whole_batches_by_length_pad_no_more_than_file_order(lengths, size):
+    lengths = lengths[: len(lengths) // size * size]  # a last batch of fewer samples may happen to lie better in file order
     by_length = batching.chunks(batching.longest_first(lengths), size)
-    assert batching.padding(by_length, lengths) <= batching.padding(batching.chunks(range(len(lengths)), size), lengths) + 1e-9
+    assert batching.padding(by_length, lengths) <= batching.padding(batching.chunks(range(len(lengths)), size), lengths)
 
 
 class Memory:

@@ -39,6 +39,16 @@ def rounded(values: Any) -> tuple[Any, Any]:
     return (values / scale).round().clamp(-128, 127), scale
 
 
+def assert_rounded(seen: Any, values: Any) -> None:
+    """``seen`` are the values on their grid; one halfway between two integers (each row's largest is) may go either way."""
+    integers, scale = rounded(values)
+    steps = values / scale
+    halfway = (steps - steps.floor() - 0.5).abs() < 1e-3
+    off = seen / scale - integers
+    assert off[~halfway].abs().max() < 1e-3
+    assert off[halfway].abs().max() < 1 + 1e-3 and halfway.double().mean() < 0.05
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gemma2", "opt", "gpt_neox"])
 def test_every_layer_multiplies_with_rounded_weights(kind: str, make_trial: Any) -> None:
     model, _ = tiny_model(kind)
@@ -51,8 +61,7 @@ def test_every_layer_multiplies_with_rounded_weights(kind: str, make_trial: Any)
         with torch.inference_mode():
             seen = layer(torch.eye(layer.in_features))
         seen = (seen - layer.bias if layer.bias is not None else seen).T.double()
-        integers, scale = rounded(before[name])
-        torch.testing.assert_close(seen, integers * scale, rtol=1e-4, atol=1e-6)
+        assert_rounded(seen, before[name])
 
 
 def test_a_group_has_a_scale_of_its_own(make_trial: Any) -> None:
@@ -63,8 +72,7 @@ def test_a_group_has_a_scale_of_its_own(make_trial: Any) -> None:
     layer = model.get_submodule(name)
     with torch.inference_mode():
         seen = layer(torch.eye(layer.in_features)).T.double()
-    integers, scale = rounded(before.reshape(64, 4, 32))
-    torch.testing.assert_close(seen, (integers * scale).reshape(64, 128), rtol=1e-4, atol=1e-6)
+    assert_rounded(seen.reshape(64, 4, 32), before.reshape(64, 4, 32))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -184,6 +192,7 @@ def test_it_compiles_without_a_graph_break(mode: str, make_trial: Any) -> None:
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("mode", MODES)
 def test_inductor_computes_the_same(mode: str, make_trial: Any) -> None:
     model, _ = tiny_model("llama", num_hidden_layers=1)

@@ -1,0 +1,134 @@
+"""A technique at work on a tiny model in this process: what the checks look at."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optkit.machine import Machine, detect
+from optkit.plan import Choice, Plan, make_plan
+from optkit.registry import Found, Registry, discover
+from optkit.samples import Sample
+from optkit.sources import ModelSource
+from optkit.technique import Technique
+
+if TYPE_CHECKING:
+    import torch
+
+    from optkit.session import Session
+
+NEW_TOKENS = 6
+
+
+@dataclass
+class Outcome:
+    """What came of one plan on one tiny model.
+
+    :ivar tokens: greedy continuations of four prompts, ``NEW_TOKENS`` each. :ivar scores: log probabilities of the prompts' tokens;
+        ``None`` where the engine gives none. :ivar facts: technique -> what ``prove_effect`` says.
+    """
+
+    session: Session
+    tokens: list[list[int]]
+    scores: list[torch.Tensor] | None
+    facts: dict[str, dict[str, Any]]
+
+
+@dataclass
+class Subject:
+    """The technique under test, with options that make it do something on a tiny model.
+
+    :ivar partners: techniques with options that are run together with it; by default every one that is ready and builds no engine.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    partners: dict[str, dict[str, Any]] | None = None
+    seed: int = 0
+    registry: Registry = field(default_factory=discover)
+
+    def __post_init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="optkit-check-")
+        self._known: dict[str, Any] = {}
+
+    @property
+    def row(self) -> Found:
+        return self.registry.get(self.name)
+
+    @property
+    def technique(self) -> Technique:
+        return self.row.ready
+
+    @cached_property
+    def machine(self) -> Machine:
+        """This machine's CPU, for a technique that works there."""
+        machine = detect()
+        if machine.device != "cpu" and "cpu" in self.technique.devices:
+            from optkit.profile import load_profile
+
+            return load_profile("cpu").as_machine(machine)
+        return machine
+
+    def plan(self, *partners: str, alone: bool = False) -> Plan:
+        """The plan of this technique and its partners, or of the partners alone. :raises OptkitError: where there is none."""
+        chosen = [] if alone else [Choice(self.name, self.options)]
+        chosen += [Choice(name, (self.partners or {}).get(name, {})) for name in partners]
+        return make_plan(self.registry, self.machine, "generate", chosen)
+
+    def source(self, kind: str) -> ModelSource:
+        """A tiny model's folder: loading goes the way of a run."""
+        from optkit.testing.models import save_tiny_model
+
+        folder = Path(self._folder.name) / kind
+        if not folder.exists():
+            save_tiny_model(folder, kind)
+        return ModelSource(f"tiny {kind}", "folder", str(folder))
+
+    def outcome(self, kind: str) -> Outcome:
+        """The technique alone, carried out once for each kind."""
+        key = f"outcome {kind}"
+        if key not in self._known:
+            self._known[key] = self.carry_out(self.plan(), self.source(kind))
+        return self._known[key]
+
+    def untouched(self, kind: str) -> Outcome:
+        """The baseline, which is also asked for the technique's facts."""
+        key = f"untouched {kind}"
+        if key not in self._known:
+            self._known[key] = self.carry_out(self.plan(alone=True), self.source(kind), watch=self.plan().steps)
+        return self._known[key]
+
+    def carry_out(self, plan: Plan, source: ModelSource, watch: Any = ()) -> Outcome:
+        """Load, transform, build, batch, generate, score, profile, prove. Errors of the technique come through."""
+        import torch
+
+        from optkit.session import Session
+        from optkit.testing.models import prompts
+
+        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+        session = Session(self.registry, plan, source, self.machine, folder, seed=self.seed, watch=watch)
+        rows = prompts()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():  # also puts back that loading switches gradients off
+            torch.manual_seed(self.seed)
+            session.load()
+            session.transform(prompts([32] * 8, seed=1))
+            session.build()
+            samples = [Sample(id=str(number), prompt="word " * (number + 1), answer="end") for number in range(6)]
+            session.encode(samples)
+            session.batches(samples)
+            tokens = session.engine.generate(rows, new_tokens=NEW_TOKENS, exact=True)
+            scores = None if session.engine.cannot_score else session.engine.score(rows, [1] * len(rows))
+            with torch.profiler.profile() as seen:
+                session.engine.generate(rows[:1], new_tokens=2, exact=True)
+            session._share(kernels={event.key: event.count for event in seen.key_averages()})
+            return Outcome(session, tokens, scores, session.facts())
+
+    def close(self) -> None:
+        for known in self._known.values():
+            if isinstance(known, Outcome):
+                known.session.close()
+        self._known.clear()
+        self._folder.cleanup()
