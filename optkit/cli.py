@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from optkit import cli_options as opt
+from optkit.cli_plugins import plugins_app
 from optkit.errors import OptkitError, UsageError
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ profiles_app = typer.Typer(no_args_is_help=True, help="Machine profiles.", rich_
 cache_app = typer.Typer(no_args_is_help=True, help="The memo of predictions and metrics.", rich_markup_mode=None)
 app.add_typer(profiles_app, name="profiles")
 app.add_typer(cache_app, name="cache")
+app.add_typer(plugins_app, name="plugins")
 
 
 @app.callback(invoke_without_command=True)

@@ -44,9 +44,12 @@ def load_model(source: ModelSource, trial: TrialContext) -> PreTrainedModel:
             weights_only=True,
             **arguments,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise _load_error(source, error) from error
     torch.set_grad_enabled(False)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes repacks weights with it: moved logits, errors on narrow layers
+            module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 

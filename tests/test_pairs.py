@@ -30,7 +30,7 @@ OPTIONS = {
     "kv-cache": {"kind": "static"},
     "precision": {"dtype": "bfloat16"},
     "sampling": {"repetition_penalty": 1.3},
-    "prune": {"method": "magnitude", "sparsity": 0.1},
+    "prune": {"method": "magnitude", "share": 0.1},
     "gptq": {"bits": 8, "group_size": 32},
     "offload": {"layers": 1},
 }
@@ -118,7 +118,7 @@ def explains(conflict):
     return subject and (known or "role '" in conflict or re.match(r"^[\w-]+: ", conflict)) and way_out
 
 
-@pytest.mark.parametrize("pair", itertools.combinations(READY, 2), ids="+".join)
+@pytest.mark.parametrize("pair", list(itertools.combinations(READY, 2)), ids="+".join)
 def test_pair(pair, options, baseline, tmp_path):
     try:
         plan = planned(pair, options)

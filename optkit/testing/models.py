@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-VOCABULARY = 256
+#: Embeddings. The tokenizer has 256 tokens, one a byte; for some architectures transformers' own tokenizer class adds one when it is loaded.
+VOCABULARY = 320
 #: kind -> transformers' config class, and what is particular about it: grouped queries, biases, head norms, Conv1D layers.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"num_key_value_heads": 2}),
@@ -26,7 +27,7 @@ SIZES = {
 
 
 def tiny_model(kind: str = "llama", *, seed: int = 0, **overrides: Any) -> tuple[PreTrainedModel, Any]:
-    """A float32 model in eval mode and its tokenizer (one token a byte): 3 layers, hidden size 64, 4 heads of 16, vocabulary 256.
+    """A float32 model in eval mode and its tokenizer (one token a byte): 3 layers, hidden size 64, 4 heads of 16, vocabulary 320.
 
     :param kind: one of ``KINDS``.
     :param overrides: fields of the config, such as ``num_hidden_layers=1``.
@@ -64,7 +65,7 @@ def prompts(lengths: Sequence[int] = (5, 12, 3, 9), seed: int = 0) -> list[list[
     import random
 
     draw = random.Random(seed)
-    return [[draw.randrange(3, VOCABULARY) for _ in range(length)] for length in lengths]
+    return [[draw.randrange(3, 256) for _ in range(length)] for length in lengths]
 
 
 def plain_greedy(model: Any, rows: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,6 +86,8 @@ def quantize(model: PreTrainedModel, trial: TrialContext, quant_type: Literal["n
     assert isinstance(options, FourBitOptions)
     _packed.refuse_quantized(model, quant_type)
     load_bitsandbytes()
+    # Told at every product on CUDA; the facts say of how many layers.
+    warnings.filterwarnings("ignore", message="inner dimension .* is not aligned for fast kernel", category=UserWarning)
     names = _packed.chosen(model, min_parameters=options.min_parameters, head=options.head, skip=options.skip)
     trial.notes["left"] = _packed.convert(model, names, lambda module: four_bit(module, options, quant_type))
     if any(True for _ in four_bit_layers(model)):
@@ -206,6 +209,9 @@ def facts(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
         states = [layer.weight.quant_state for layer in layers.values()]
         result["format"] = sorted({state.quant_type for state in states})
         result["blocksizes"] = {str(size): sum(s.blocksize == size for s in states) for size in sorted({s.blocksize for s in states})}
+        straddling = sum(layer.in_features % layer.weight.quant_state.blocksize != 0 for layer in layers.values())
+        if straddling:
+            result["layers_without_the_fused_kernel"] = straddling
         result["double_quant"] = any(state.nested for state in states)
         result["compute_dtype"] = sorted({str(layer.compute_dtype).removeprefix("torch.") for layer in layers.values()})
     return result

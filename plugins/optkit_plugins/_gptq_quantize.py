@@ -90,13 +90,14 @@ def quantize(
         from llmcompressor import oneshot, reset_session
 
         modifier = _modifier(groups(model, names, bits, group_size, symmetric), damp, act_order)
+        tied = shared_parameters(model)
         try:
             with _configuration_in(model, folder):
                 oneshot(model=model, dataset=_loader(samples), processor=tokenizer, recipe=[modifier])
         finally:
             rounded = sorted(modifier.rounded)
             reset_session()
-            model.__dict__.pop("save_pretrained", None)  # the library wraps it, and its wrapper restores the file of before our changes
+            unwrap(model, tied)
     return {name: take_grid(model.get_submodule(name)) for name in names}, rounded
 
 
@@ -149,13 +150,37 @@ def _configuration_in(model: PreTrainedModel, folder: Path) -> Iterator[None]:
         model.config._name_or_path = before
 
 
+def shared_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Where the same parameter stands in several places (a head tied to the embedding): lists of (module, name)."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(id(parameter), []).append((module, name))
+    return [found for found in places.values() if len(found) > 1]
+
+
+def unwrap(model: nn.Module, tied: list[list[tuple[nn.Module, str]]]) -> None:
+    """Take off what the library put round every module, quantized or not: offloading (which unties weights), hooks, switches."""
+    from compressed_tensors.offload.dispatch import remove_dispatch
+
+    remove_dispatch(model)
+    for module in model.modules():
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
+        vars(module).pop("quantization_enabled", None)
+    vars(model).pop("save_pretrained", None)  # its wrapper would restore the configuration of before our changes
+    for (first, name), *others in tied:
+        for module, other in others:
+            module._parameters[other] = first._parameters[name]
+
+
 def take_grid(layer: nn.Module) -> Grid:
     """Take compressed-tensors' state off a layer, which is a plain ``nn.Linear`` again."""
     grid = Grid(layer.weight_scale.detach(), layer.weight_zero_point.detach(), layer.quantization_scheme)  # type: ignore[union-attr,operator]
     for name in [name for name, _ in layer.named_parameters(recurse=False) if name not in ("weight", "bias")]:
         delattr(layer, name)
-    for name in ("forward", "quantization_scheme", "quantization_status", "quantization_enabled"):
-        layer.__dict__.pop(name, None)
+    for name in ("forward", "quantization_scheme", "quantization_status"):
+        vars(layer).pop(name, None)
     layer.weight.requires_grad_(False)
     return grid
 
@@ -199,7 +224,7 @@ def _take_packed(layer: nn.Module, weight: Any) -> None:
         if name != "bias":
             delattr(layer, name)
     for name in ("quantization_scheme", "quantization_status"):
-        layer.__dict__.pop(name, None)
+        vars(layer).pop(name, None)
     layer.register_parameter("weight", weight)
 
 

@@ -126,6 +126,8 @@ def _quiet() -> Iterator[None]:
 def load_torchao() -> None:
     with _quiet():
         import torchao.quantization  # noqa: F401
+    # torchao 0.17 builds its own deprecated layout when it makes a config.
+    warnings.filterwarnings("ignore", message="Deprecation: PlainLayout is deprecated", category=UserWarning)
     # Told once by the compiler of each kind of tensor: the hash that it takes instead is right, and slower.
     warnings.filterwarnings("ignore", message="Int8Tensor does not implement _stable_hash_for_caching", category=UserWarning)
 

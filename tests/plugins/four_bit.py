@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.plugins.tiny import tiny_model
 
 torch = pytest.importorskip("torch")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.plugins.four_bit import check_every_layer, check_saved_folder, plugin, torch
 from tests.plugins.tiny import tiny_model
 

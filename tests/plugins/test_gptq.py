@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.plugins.tiny import tiny_config, tiny_model
 
 torch = pytest.importorskip("torch")
@@ -181,6 +182,28 @@ def test_nothing_is_printed_written_or_left_behind(
     assert [key for key, _ in layer.named_parameters()] == ["weight"] and "forward" not in vars(layer)
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_model_is_an_ordinary_one_afterwards(tie: bool, make_trial: Any) -> None:
+    model, tokenizer = tiny_model("llama", num_hidden_layers=1, tie_word_embeddings=tie)
+
+    def state() -> dict[str, Any]:
+        return {
+            name: (type(module), sorted(vars(module)), type(module._parameters), len(module._forward_hooks), len(module._forward_pre_hooks))
+            for name, module in model.named_modules()
+        }
+
+    before, names = state(), list(model.state_dict())
+    apply(model, make_trial, tokenizer)
+    after = {name: (kind, [key for key in keys if key != "source_cls"], *rest) for name, (kind, keys, *rest) in state().items()}
+    assert after == before and list(model.state_dict()) == names
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
+    ids = torch.arange(3, 20)[None]
+    with torch.inference_mode():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, use_cache=False).logits
+        torch.testing.assert_close(compiled, model(ids, use_cache=False).logits)
+    torch._dynamo.reset()
+
+
 def test_it_needs_calibration_samples(make_trial: Any) -> None:
     from optkit import UsageError
 
@@ -190,8 +213,9 @@ def test_it_needs_calibration_samples(make_trial: Any) -> None:
 
 
 def test_a_mixture_of_experts_is_refused(make_trial: Any) -> None:
-    from optkit import UsageError
     from transformers import MixtralConfig, MixtralForCausalLM
+
+    from optkit import UsageError
 
     config = MixtralConfig(
         vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
@@ -289,9 +313,10 @@ def test_awq_words_are_read_as_they_were_packed() -> None:
 
 def checkpoint(kind: str, folder: Path, method: str, bits: int, layout: str, act_order: bool) -> Any:
     """Write a folder as AutoGPTQ or AutoAWQ would; return the same model with its weights in full precision."""
-    from optkit.modules import linears
     from safetensors.torch import save_file
     from transformers.pytorch_utils import Conv1D
+
+    from optkit.modules import linears
 
     model, _ = tiny_model(kind)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -346,8 +371,9 @@ def test_a_checkpoint_is_read_into_the_model_that_it_stands_for(
 
 def test_autogptqs_own_file_is_found(make_trial: Any, tmp_path: Path) -> None:
     """Before transformers read it, the configuration lay in quantize_config.json, and one file was named after the bits."""
-    from optkit import ModelSource
     from safetensors.torch import load_file, save_file
+
+    from optkit import ModelSource
 
     expected = checkpoint("llama", tmp_path / "files", "gptq", 4, "gptq", True)
     config = json.loads((tmp_path / "files" / "config.json").read_text())

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.plugins.four_bit import NF4, apply, by_definition, check_every_layer, check_saved_folder, plugin, seen_weight, torch, weights
 from tests.plugins.tiny import tiny_model
+
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gemma2", "opt", "gpt_neox"])
 def test_every_layer_multiplies_with_the_weights_of_the_definition(kind: str, make_trial: Any) -> None:
@@ -142,8 +144,9 @@ def test_the_saved_folder_loads_with_the_same_logits(kind: str, double_quant: bo
 
 
 def test_names_that_are_prefixes_of_quantized_layers_are_anchored() -> None:
-    from optkit_plugins._bitsandbytes import skip_list
     from transformers.quantizers.quantizers_utils import should_convert_module
+
+    from optkit_plugins._bitsandbytes import skip_list
 
     plain, packed = ["h.0.fc", "lm_head"], ["h.0.fc2", "h.1.fc"]
     skipped = skip_list(plain, packed)
@@ -178,7 +181,8 @@ def test_importing_bitsandbytes_asks_the_hub_for_nothing(tmp_path: Path) -> None
     if not has_avx512bf16():
         pytest.skip("bitsandbytes looks for that kernel on CPUs with AVX512-BF16 only")
     asked = tmp_path / "asked"
-    (tmp_path / "kernels.py").write_text(f"def get_kernel(*a, **k):\n    open({str(asked)!r}, 'w').close()\n    raise OSError('no network')\n")
+    body = f"    open({str(asked)!r}, 'w').close()\n    raise OSError('no network')\n"
+    (tmp_path / "kernels.py").write_text("def get_kernel(*args, **kwargs):\n" + body)
     code = (
         "from optkit_plugins._bitsandbytes import load_bitsandbytes\n"
         "load_bitsandbytes()\n"

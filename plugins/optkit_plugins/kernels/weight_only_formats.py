@@ -1,0 +1,352 @@
+"""Weights of 4 and 8 bits in the order in which tensor cores want them, in plain torch.
+
+A weight (rows × columns) is cut into tiles of 16 rows and 64 columns. A tile is what the 32 threads of a warp read with one 16-byte load
+each (two for 8 bits), and every thread gets just the values that ``mma.m16n8k16`` expects of it: thread ``4 g + t`` holds rows ``g`` and
+``g + 8`` and columns ``16 t … 16 t + 15``; word ``j`` holds four columns of the first row (low half) and of the second (high half).
+Which columns make up a step of the product does not matter to a sum, as long as the activations are read in the same order.
+
+4-bit tables (NF4, FP4) are stored by *label*, a renaming of the codes that suits the byte permutes which look the values up
+(``lookup_table``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import Any, Literal, get_args
+
+import torch
+
+Format = Literal["nf4", "fp4", "int4", "int8"]
+FORMATS: tuple[str, ...] = get_args(Format)
+TILE_ROWS, TILE_COLUMNS = 16, 64
+
+#: Values of the 16 codes, as bitsandbytes has them (QLoRA, arXiv:2305.14314, appendix E; FP4 is sign, 2 bits of exponent, 1 of mantissa).
+TABLES: dict[str, tuple[float, ...]] = {
+    "nf4": (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+    "fp4": (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4, 0.0, -1 / 192, -2 / 3, -1.0, -1 / 3, -1 / 2, -1 / 6, -1 / 4),
+}
+
+
+@dataclass
+class Packed:
+    """A weight ready for the kernels.
+
+    :ivar words: int32 (row tiles, column tiles, 32, 4), for 8 bits (row tiles, column tiles, 2, 32, 4).
+    :ivar scales: one scale a group: (row tiles, groups, 8, 2) with rows ``g`` and ``g + 8`` side by side; for 8 bits one group a row.
+        16 bits wide where that loses nothing, which is so for every weight that had 16 bits itself.
+    :ivar zeros: uint8 codes that stand for zero, shaped like the scales; ``int4`` only.
+    :ivar group: columns that share a scale.
+    """
+
+    format: str
+    shape: tuple[int, int]
+    group: int
+    words: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.words, self.scales, self.zeros) if t is not None)
+
+
+def why_not(shape: tuple[int, int], group: int) -> str | None:
+    """Why a weight of this shape cannot be packed, or ``None``."""
+    columns = shape[1]
+    if columns % TILE_COLUMNS:
+        return f"input width {columns} is no multiple of {TILE_COLUMNS}"
+    if group % TILE_COLUMNS or columns % group:
+        return f"groups of {group} columns: the size has to be a multiple of {TILE_COLUMNS} that divides the input width {columns}"
+    return None
+
+
+# Quantization -------------------------------------------------------------------------------------------------------------------------
+
+
+def pack(weight: torch.Tensor, format: str, group: int | None = None) -> Packed:
+    """Quantize ``weight`` (rows × columns). ``group`` is 64 by default and a whole row for ``int8``."""
+    if format in TABLES:
+        return pack_table(weight, format, group or 64)
+    if format == "int4":
+        return pack_int4(weight, group or 64)
+    if format == "int8":
+        return pack_int8(weight)
+    raise ValueError(f"format {format!r}: known are {', '.join(FORMATS)}")
+
+
+def pack_nf4(weight: torch.Tensor, blocksize: int = 64) -> Packed:
+    return pack_table(weight, "nf4", blocksize)
+
+
+def pack_table(weight: torch.Tensor, format: str, blocksize: int) -> Packed:
+    """The nearest of the 16 values times the block's largest magnitude."""
+    _require(weight, blocksize)
+    blocks = weight.detach().float().reshape(weight.shape[0], -1, blocksize)
+    absmax = blocks.abs().amax(-1)
+    unit = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    values, codes = torch.tensor(TABLES[format], device=weight.device).sort(stable=True)
+    nearest = torch.bucketize(unit, (values[1:] + values[:-1]) / 2)
+    return pack_table_codes(codes[nearest].reshape(weight.shape).to(torch.uint8), absmax, format, blocksize)
+
+
+def pack_table_codes(codes: torch.Tensor, absmax: torch.Tensor, format: str, blocksize: int) -> Packed:
+    """From uint8 codes (rows × columns) of bitsandbytes' table and the blocks' absmax (rows × columns / blocksize)."""
+    _require(codes, blocksize)
+    label_of = torch.empty(16, dtype=torch.uint8, device=codes.device)
+    label_of[torch.tensor(labels(format), device=codes.device)] = torch.arange(16, dtype=torch.uint8, device=codes.device)
+    words = _tile_4bit(label_of[codes.int()], by_row=True)
+    return Packed(format, (codes.shape[0], codes.shape[1]), blocksize, words, _tile_groups(narrow(absmax)))
+
+
+def pack_bitsandbytes(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], format: str, blocksize: int) -> Packed:
+    """From bitsandbytes' bytes (two codes each, high nibble first, row after row) and its plain float32 absmax."""
+    data = packed.view(torch.uint8).reshape(-1)
+    codes = torch.stack((data >> 4, data & 15), dim=1).reshape(shape)
+    return pack_table_codes(codes, absmax.float().reshape(shape[0], -1), format, blocksize)
+
+
+def pack_int4(weight: torch.Tensor, group: int) -> Packed:
+    """Rounded to 16 steps between a group's least and greatest value (zero included)."""
+    _require(weight, group)
+    groups = weight.detach().float().reshape(weight.shape[0], -1, group)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scale = ((high - low) / 15).clamp(min=1e-7)
+    if weight.dtype != torch.float32:
+        scale = scale.to(weight.dtype).float().clamp(min=torch.finfo(weight.dtype).tiny)
+    zero = (-low / scale).round().clamp(0, 15)
+    codes = ((groups / scale[..., None]).round() + zero[..., None]).clamp(0, 15)
+    return pack_int4_codes(codes.reshape(weight.shape).to(torch.uint8), scale, zero.to(torch.uint8), group)
+
+
+def pack_int4_codes(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group: int) -> Packed:
+    """From uint8 codes (rows × columns), scales and zeros (rows × groups): ``(code - zero) * scale``, zero 8 where there is none."""
+    _require(codes, group)
+    tiled_zeros = None if zeros is None else _tile_groups(zeros.to(torch.uint8))
+    return Packed("int4", (codes.shape[0], codes.shape[1]), group, _tile_4bit(codes, by_row=False), _tile_groups(narrow(scales)), tiled_zeros)
+
+
+def pack_int8(weight: torch.Tensor) -> Packed:
+    """Symmetric, one scale a row."""
+    rows = weight.detach().float()
+    scale = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
+    return pack_int8_codes((rows / scale).round().clamp(-127, 127).to(torch.int8), scale)
+
+
+def pack_int8_codes(codes: torch.Tensor, scales: torch.Tensor) -> Packed:
+    """From int8 codes (rows × columns) and one scale a row."""
+    _require(codes, codes.shape[1])
+    return Packed("int8", (codes.shape[0], codes.shape[1]), codes.shape[1], _tile_8bit(codes), _tile_groups(scales.float().reshape(-1, 1)))
+
+
+def narrow(scales: torch.Tensor) -> torch.Tensor:
+    """The scales in 16 bits where every one of them survives that, else in float32."""
+    scales = scales.float()
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(scales.to(dtype).float(), scales):
+            return scales.to(dtype)
+    return scales
+
+
+# Back ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight (rows × columns), computed in float32."""
+    rows, columns = packed.shape
+    scales = _untile_groups(packed.scales, rows).float()
+    if packed.format == "int8":
+        return (_untile_8bit(packed.words, packed.shape).float() * scales).to(dtype)
+    codes = _untile_4bit(packed.words, packed.shape, by_row=packed.format in TABLES)
+    if packed.format in TABLES:
+        values = torch.tensor(TABLES[packed.format], device=codes.device)[torch.tensor(labels(packed.format), device=codes.device)]
+        units = values[codes.int()].reshape(rows, -1, packed.group)
+    else:
+        zeros = 8 if packed.zeros is None else _untile_groups(packed.zeros, rows).float()[..., None]
+        units = codes.float().reshape(rows, -1, packed.group) - zeros
+    return (units * scales[..., None]).reshape(rows, columns).to(dtype)
+
+
+# Layout -------------------------------------------------------------------------------------------------------------------------------
+
+
+def _require(weight: torch.Tensor, group: int) -> None:
+    problem = why_not((weight.shape[0], weight.shape[1]), group)
+    if problem:
+        raise ValueError(problem)
+
+
+def _row_tiles(values: torch.Tensor) -> torch.Tensor:
+    missing = -values.shape[0] % TILE_ROWS
+    return torch.nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
+
+
+def _tile_4bit(codes: torch.Tensor, by_row: bool) -> torch.Tensor:
+    """:param by_row: a word's nibbles are four columns of the first row, then of the second (byte permutes); else the nibbles 0 and 4,
+    1 and 5 and so on are neighbouring columns of one row, as masks and shifts want them.
+    """
+    codes = _row_tiles(codes)
+    tiles, blocks = codes.shape[0] // 16, codes.shape[1] // 64
+    values = codes.reshape(tiles, 2, 8, blocks, 4, 4, 2, 2)  # tile, half, g, block, t, j, c1, c0
+    values = values.permute(0, 3, 2, 4, 5, 1, 6, 7) if by_row else values.permute(0, 3, 2, 4, 5, 7, 6, 1)
+    nibbles = values.reshape(tiles, blocks, 32, 16, 2)
+    return (nibbles[..., 0] | nibbles[..., 1] << 4).contiguous().view(torch.int32)
+
+
+def _untile_4bit(words: torch.Tensor, shape: tuple[int, int], by_row: bool) -> torch.Tensor:
+    tiles, blocks = words.shape[:2]
+    data = words.contiguous().view(torch.uint8)
+    nibbles = torch.stack((data & 15, data >> 4), dim=-1).reshape(tiles, blocks, 8, 4, 4, 2, 2, 2)
+    values = nibbles.permute(0, 5, 2, 1, 3, 4, 6, 7) if by_row else nibbles.permute(0, 7, 2, 1, 3, 4, 6, 5)
+    return values.reshape(tiles * 16, blocks * 64)[: shape[0]]
+
+
+def _tile_8bit(codes: torch.Tensor) -> torch.Tensor:
+    codes = _row_tiles(codes)
+    tiles, blocks = codes.shape[0] // 16, codes.shape[1] // 64
+    # step j = 2 j1 + j0 is in load j1; a word is four columns of one row, bytes 0 and 2 neighbours, and 1 and 3
+    values = codes.reshape(tiles, 2, 8, blocks, 4, 2, 2, 2, 2)  # tile, half, g, block, t, j1, j0, c1, c0
+    return values.permute(0, 3, 5, 2, 4, 6, 1, 8, 7).contiguous().reshape(tiles, blocks, 2, 32, 16).view(torch.int32)
+
+
+def _untile_8bit(words: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    tiles, blocks = words.shape[:2]
+    values = words.contiguous().view(torch.int8).reshape(tiles, blocks, 2, 8, 4, 2, 2, 2, 2)
+    return values.permute(0, 6, 3, 1, 4, 2, 5, 8, 7).reshape(tiles * 16, blocks * 64)[: shape[0]]
+
+
+def _tile_groups(values: torch.Tensor) -> torch.Tensor:
+    values = _row_tiles(values)
+    tiles, groups = values.shape[0] // 16, values.shape[1]
+    return values.reshape(tiles, 2, 8, groups).permute(0, 3, 2, 1).contiguous()
+
+
+def _untile_groups(tiled: torch.Tensor, rows: int) -> torch.Tensor:
+    tiles, groups = tiled.shape[:2]
+    return tiled.permute(0, 3, 2, 1).reshape(tiles * 16, groups)[:rows]
+
+
+# Tables for byte permutes -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What the kernel needs to look labels up with byte permutes.
+
+    ``prmt`` takes 4 selectors of 4 bits: the low three choose one of eight bytes, the fourth replaces the byte by its sign bit, repeated.
+    So a byte of the 16-entry table is ``a[label] ^ b[label ^ 8]``, where each term is either an entry or a known 00 or FF, provided that
+    entries eight labels apart have equal top bits, in the high and in the low byte of the 16-bit value: that is what labels are for.
+
+    :ivar words: ``a`` and ``b`` for the high bytes, then for the low bytes, two words each.
+    :ivar pairs: 16-bit values of label ``i & 15`` (low half) and ``i >> 4`` (high half), for i of 256.
+    :ivar factor: the values are stored times this. It makes the top bits agree and keeps the rounding to 16 bits small.
+    """
+
+    words: tuple[int, ...]
+    pairs: tuple[int, ...]
+    factor: float
+
+
+#: Factors to try, and how far a value may be off in 16 bits: half of what rounding to bfloat16 may cost.
+FACTORS = 1024
+BOUND = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
+
+
+@lru_cache
+def labels(format: str) -> tuple[int, ...]:
+    """Label -> code, such that codes eight labels apart have equal top bits in both 16-bit types."""
+    return _tables(format)[0]
+
+
+@lru_cache
+def lookup_table(format: str, dtype: torch.dtype) -> Lookup:
+    """:param dtype: bfloat16 or float16, the activations' dtype."""
+    order, chosen = _tables(format)
+    factor, by_code = chosen[dtype]
+    bits = [by_code[code] for code in order]
+    words: list[int] = []
+    for shift in (8, 0):
+        plane = [value >> shift & 0xFF for value in bits]
+        # where the top bits are set, the term for a label of 8 and more meets an FF: its entries are stored inverted
+        for entries in (plane[:8], [byte ^ 0xFF if byte & 0x80 else byte for byte in plane[8:]]):
+            words += [sum(entries[first + i] << 8 * i for i in range(4)) for first in (0, 4)]
+    pairs = tuple(bits[i & 15] | bits[i >> 4] << 16 for i in range(256))
+    return Lookup(tuple(words), pairs, factor)
+
+
+@lru_cache
+def _tables(format: str) -> tuple[tuple[int, ...], dict[torch.dtype, tuple[float, list[int]]]]:
+    """Labels, and by dtype the factor and the values' bits by code.
+
+    The best factor for bfloat16 that allows labels at all, and of its labels those with the best factor for float16.
+    """
+    half = _candidates(format, torch.float16)
+    for error, factor, bits in _candidates(format, torch.bfloat16):
+        best: tuple[Any, ...] = ()
+        for pairs in _all_pairs(bits):
+            fits = next((c for c in half if all(_top_bits(c[2][a]) == _top_bits(c[2][b]) for a, b in pairs)), None)
+            if fits is not None and (not best or fits[0] < best[0]):
+                best = (fits[0], fits[1], fits[2], pairs)
+        if best and best[0] <= BOUND[torch.float16] and error <= BOUND[torch.bfloat16]:
+            order = tuple(a for a, _ in best[3]) + tuple(b for _, b in best[3])
+            return order, {torch.bfloat16: (factor, bits), torch.float16: (best[1], best[2])}
+    raise AssertionError(f"{format}: no labels suit the byte permutes")
+
+
+def _candidates(format: str, dtype: torch.dtype) -> list[tuple[float, float, list[int]]]:
+    """(largest relative error, factor, bits by code) for all factors and both signs of the first zero, the most exact first."""
+    exact = torch.tensor(TABLES[format], dtype=torch.float64) * (1 + torch.arange(FACTORS, dtype=torch.float64) / FACTORS)[:, None]
+    rounded = exact.to(dtype)
+    errors = ((rounded.double() - exact) / exact).nan_to_num().abs().amax(1).tolist()
+    bits = (rounded.view(torch.int16).int() & 0xFFFF).tolist()
+    zero = TABLES[format].index(0.0)
+    found = []
+    for step, error in enumerate(errors):
+        for sign in (0, 0x8000):
+            signed = list(bits[step])
+            signed[zero] = sign
+            found.append((error, 1 + step / FACTORS, signed))
+    return sorted(found, key=lambda candidate: candidate[0])
+
+
+def _top_bits(bits: int) -> tuple[int, int]:
+    return bits >> 15, bits >> 7 & 1
+
+
+def _all_pairs(bits: list[int]) -> Iterator[list[tuple[int, int]]]:
+    """All ways to pair the 16 codes by equal top bits; none where a class has an odd number."""
+    classes: dict[tuple[int, int], list[int]] = {}
+    for code, value in enumerate(bits):
+        classes.setdefault(_top_bits(value), []).append(code)
+    if any(len(codes) % 2 for codes in classes.values()):
+        return
+    for chosen in product(*(list(_pair_up(codes))[:15] for codes in classes.values())):
+        yield [pair for pairs in chosen for pair in pairs]
+
+
+def _pair_up(codes: list[int]) -> Iterator[list[tuple[int, int]]]:
+    if not codes:
+        yield []
+        return
+    for partner in codes[1:]:
+        for others in _pair_up([code for code in codes[1:] if code != partner]):
+            yield [(codes[0], partner), *others]
