@@ -23,7 +23,9 @@ def new(
     from optkit.scaffold import write_distribution
 
     made = write_distribution(name, folder)
-    typer.echo(f"{made}: a technique that works, with its tests. Next:\n  cd {made}\n  pip install -e '.[test]'\n  pytest\n  optkit plugins check {name}")
+    typer.echo(f"{made}: a technique that works, with its tests. Next:")
+    for step in (f"cd {made}", "pip install -e '.[test]'", "pytest", f"optkit plugins check {name}"):
+        typer.echo(f"  {step}")
 
 
 @plugins_app.command("check")
@@ -61,10 +63,16 @@ def _options_of(name: str, pairs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quiet_libraries() -> None:
-    """Without progress bars of loading tiny models."""
+    """This process only checks: what libraries log, warn and draw while tiny models are loaded would hide the results."""
+    import logging
+    import os
+    import warnings
+
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # torch's profiler writes two lines a pass otherwise
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     import transformers
 
-    transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
 
@@ -86,7 +94,11 @@ def info(name: Name, format: opt.Format = "human") -> None:
 
 
 @plugins_app.command("disable")
-def disable(name: Annotated[str, typer.Argument(help="A technique, or a distribution for all of its techniques.", autocompletion=opt.complete_plugins)]) -> None:
+def disable(
+    name: Annotated[
+        str, typer.Argument(help="A technique, or a distribution for all of its techniques.", autocompletion=opt.complete_plugins)
+    ],
+) -> None:
     """Switch a technique off: it is then not even imported."""
     from optkit import plugin_loading
     from optkit.registry import GROUP

@@ -38,7 +38,9 @@ def plugin_json(registry: Registry, row: Found) -> dict[str, Any]:
     facts |= {name: sorted(getattr(technique, name)) for name in WORDS}
     facts |= {
         "exceptions": technique.exceptions,
-        "hooks": [name for name, spec in vars(hookspecs).items() if hasattr(spec, "optkit_spec") and row.plugin and registry.hook(row.name, name)],
+        "hooks": [
+            name for name, spec in vars(hookspecs).items() if hasattr(spec, "optkit_spec") and row.plugin and registry.hook(row.name, name)
+        ],
         "options": options_of(technique),
         "conflicts": conflicts(registry, row),
     }
@@ -66,7 +68,9 @@ def conflicts(registry: Registry, row: Found) -> dict[str, list[str]]:
     found = {}
     for other in registry:
         if other.status == "ready" and other.name != row.name:
-            reasons = [reason for reason in _reasons(registry, [row.name, other.name]) if reason not in {*own, *_reasons(registry, [other.name])}]
+            reasons = [
+                reason for reason in _reasons(registry, [row.name, other.name]) if reason not in {*own, *_reasons(registry, [other.name])}
+            ]
             if reasons:
                 found[other.name] = reasons
     return found
@@ -96,5 +100,7 @@ def plugin_view(facts: dict[str, Any]) -> Group:
     if facts.get("exceptions"):
         parts.append(plain_table("checks that it cannot pass", ["check", "because"], [list(row) for row in facts["exceptions"].items()]))
     if facts.get("conflicts"):
-        parts.append(plain_table("not together with", ["technique", "because"], [[name, "; ".join(why)] for name, why in facts["conflicts"].items()]))
+        parts.append(
+            plain_table("not together with", ["technique", "because"], [[name, "; ".join(why)] for name, why in facts["conflicts"].items()])
+        )
     return Group(*parts)

@@ -31,7 +31,17 @@ _HOME = {
     "tiny_model": "models",
 }
 
-__all__ = list(_HOME)
+__all__ = [
+    "KINDS",
+    "Result",
+    "TechniqueTests",
+    "check_technique",
+    "plain_greedy",
+    "plain_scores",
+    "prompts",
+    "save_tiny_model",
+    "tiny_model",
+]
 
 
 def __getattr__(name: str) -> Any:

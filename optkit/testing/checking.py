@@ -107,7 +107,9 @@ def _exceptions(subject: Subject) -> Result:
     for key, reason in technique.exceptions.items():
         covered = [check for check in others if key in (check, check.partition("[")[0], check.rstrip("]").partition("[")[2])]
         if not covered:
-            return Result("exceptions", "failed", f"'{key}' is no check and no model; there are {', '.join([*PLUGIN_CHECKS, *MODEL_CHECKS, *KINDS])}")
+            return Result(
+                "exceptions", "failed", f"'{key}' is no check and no model; there are {', '.join([*PLUGIN_CHECKS, *MODEL_CHECKS, *KINDS])}"
+            )
         if not reason.strip():
             return Result("exceptions", "failed", f"'{key}' is declared without a reason")
         states = {result_of(subject, check).state for check in covered}

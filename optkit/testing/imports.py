@@ -32,7 +32,9 @@ def imported_names(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             pending += node.orelse
-        elif isinstance(node, ast.Try) and any("ImportError" in ast.dump(handler) or "ModuleNotFound" in ast.dump(handler) for handler in node.handlers):
+        elif isinstance(node, ast.Try) and any(
+            "ImportError" in ast.dump(handler) or "ModuleNotFound" in ast.dump(handler) for handler in node.handlers
+        ):
             pending += [*node.orelse, *node.finalbody]
         else:
             pending += ast.iter_child_nodes(node)

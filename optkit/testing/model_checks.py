@@ -38,8 +38,10 @@ def check_runs(subject: Subject, kind: str) -> str:
     again.session.close()
     moved = _largest(outcome.scores, again.scores)
     if again.tokens != outcome.tokens or moved > ROUNDING_NATS / 100:
-        raise CheckFailed(f"two runs with one seed differ: by {moved:.2g} nats, texts {'equal' if again.tokens == outcome.tokens else 'unequal'}")
-    if subject.technique.lossy or _dtype(outcome) != "float32" or {"random-output", "many-paths"} & _properties(subject):
+        raise CheckFailed(
+            f"two runs with one seed differ: by {moved:.2g} nats, texts {'equal' if again.tokens == outcome.tokens else 'unequal'}"
+        )
+    if subject.plan().lossy or _dtype(outcome) != "float32" or {"random-output", "many-paths"} & _properties(subject):
         return "finite, repeatable"
     model = subject.untouched(kind).session.model
     moved = _largest(outcome.scores, plain_scores(model, prompts()))
@@ -58,7 +60,9 @@ def check_effect(subject: Subject, kind: str) -> str:
         _json(said, whose)
     again = outcome.session.facts()[subject.name]
     if again != facts:
-        raise CheckFailed(f"prove_effect gives other facts when it is asked again: {_changed(facts, again)}; leave out timings and counters")
+        raise CheckFailed(
+            f"prove_effect gives other facts when it is asked again: {_changed(facts, again)}; leave out timings and counters"
+        )
     found = _verdict(subject, outcome, untouched)
     if found["verdict"] != ACTIVE:
         raise CheckFailed(f"{found['verdict']}: the model did not change, and prove_effect says the same of the untouched one")
@@ -93,6 +97,7 @@ def _bits_a_weight(before: Any, after: Any) -> float:
     from optkit.modules import linears, stored_bytes
 
     weights = stored = 0
+    module: Any
     for name, module in linears(before):
         try:
             now = after.get_submodule(name)
@@ -126,7 +131,9 @@ def check_saves(subject: Subject, kind: str) -> str:
         moved = _largest(before, plain_scores(again.session.model, prompts()))
     limit = TOLERANCE_NATS.get(_dtype(outcome), 1e-2)
     if not moved <= limit:
-        raise CheckFailed(f"loaded again, it scores differently: up to {moved:.2g} nats, {limit:g} allowed; answer save_model, or refuse there")
+        raise CheckFailed(
+            f"loaded again, it scores differently: up to {moved:.2g} nats, {limit:g} allowed; answer save_model, or refuse there"
+        )
     return f"loaded again: {moved:.1g} nats"
 
 

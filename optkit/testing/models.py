@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-#: Embeddings. The tokenizer has 256 tokens, one a byte; for some architectures transformers' own tokenizer class adds one when it is loaded.
+#: Embeddings. The tokenizer has 256 tokens, one a byte, and for some architectures transformers adds one when it loads the tokenizer.
 VOCABULARY = 320
 #: kind -> transformers' config class, and what is particular about it: grouped queries, biases, head norms, Conv1D layers.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -39,7 +39,11 @@ def check_manifest(subject: Subject) -> str:
     groups = {f"{name.partition('.')[0]}.*" for name in KNOWN}
     problems += [f"honours names '{name}', which is no setting" for name in sorted(technique.honours - KNOWN.keys() - groups)]
     problems += [f"option '{name}' has no description" for name, field in technique.options.model_fields.items() if not field.description]
-    problems += [f"'{device}' is declared as tested and not among its devices" for device in technique.tested_on if device == "cpu" not in technique.devices]
+    problems += [
+        f"'{device}' is declared as tested and not among its devices"
+        for device in technique.tested_on
+        if device == "cpu" not in technique.devices
+    ]
     extras = _metadata_of(row.distribution).get_all("Provides-Extra") or [] if technique.extra else []
     if technique.extra and technique.extra not in extras:
         problems.append(f"the extra '{technique.extra}' is not one of {row.distribution}'s ({', '.join(extras) or 'it has none'})")
@@ -64,7 +68,9 @@ def check_imports(subject: Subject) -> str:
     used = {name for path in files for name in imports.imported_names(path)}
     private = sorted({name for name in used if imports.is_private(name)})
     if private:
-        raise CheckFailed(f"it uses {', '.join(private)}, which may change: use the public names of optkit, optkit.modules and optkit.engine")
+        raise CheckFailed(
+            f"it uses {', '.join(private)}, which may change: use the public names of optkit, optkit.modules and optkit.engine"
+        )
     requires = subject.row.technique.requires if subject.row.technique else ()
     undeclared = sorted(imports.undeclared(used, row.module, row.distribution, requires))
     if undeclared:
@@ -77,8 +83,8 @@ import contextlib, importlib, io, json, os, runpy, sys, time
 path, module = json.load(sys.stdin)
 sys.path[:] = path
 import optkit, optkit.modules, optkit.engine
-for name in ("Claims", "Limit", "Options", "OptkitError", "Sample", "Setting", "Technique", "ModelSource", "TrialContext", "Machine", "hookimpl"):
-    getattr(optkit, name)
+for name in optkit.__all__:
+    getattr(optkit, name)  # what every command has loaded is not the plugin's cost
 heavy = [name for name in ("torch", "transformers", "numpy") if name not in sys.modules]
 before = {"sys.path": list(sys.path), "os.environ": dict(os.environ), "the working folder": os.getcwd(), "sys.stdout": sys.stdout}
 printed = io.StringIO()
@@ -99,14 +105,18 @@ def check_import_time(subject: Subject) -> str:
         seconds, heavy, changed, printed = _in_a_process(_IMPORT, [sys.path, subject.row.module])
         best = seconds if best is None else min(best, seconds)
         if heavy:
-            raise CheckFailed(f"it imports {' and '.join(heavy)}: import them inside the functions that need them ({best:.2f} s of CPU time)")
+            raise CheckFailed(
+                f"it imports {' and '.join(heavy)}: import them inside the functions that need them ({best:.2f} s of CPU time)"
+            )
         if changed:
             raise CheckFailed(f"its import changes {' and '.join(changed)} for the whole process: do that inside a hook, and put it back")
         if printed:
             raise CheckFailed(f"its import prints {printed.strip()!r}: use trial.report inside a hook")
         if best <= IMPORT_SECONDS:
             return f"{1000 * best:.0f} ms of CPU time"
-    raise CheckFailed(f"its import takes {1000 * (best or 0):.0f} ms of CPU time, {1000 * IMPORT_SECONDS:.0f} are allowed: every command pays it")
+    raise CheckFailed(
+        f"its import takes {1000 * (best or 0):.0f} ms of CPU time, {1000 * IMPORT_SECONDS:.0f} are allowed: every command pays it"
+    )
 
 
 def check_hooks(subject: Subject) -> str:
@@ -119,7 +129,9 @@ def check_hooks(subject: Subject) -> str:
     if missing:
         raise CheckFailed(f"it owns a role and does not answer {' and '.join(missing)}")
     if "prove_effect" not in answered and "transform_model" not in answered:
-        raise CheckFailed("it answers neither transform_model, whose changes are seen, nor prove_effect: nothing can show that it was at work")
+        raise CheckFailed(
+            "it answers neither transform_model, whose changes are seen, nor prove_effect: nothing can show that it was at work"
+        )
     awaited = [name for name in answered if inspect.iscoroutinefunction(getattr(row.plugin, name, None))]
     if awaited:
         raise CheckFailed(f"{awaited[0]} is an async function, and hooks are called without await")
@@ -162,7 +174,9 @@ def check_dependency(subject: Subject) -> str:
     modules = [module for module, owners in importlib.metadata.packages_distributions().items() if imports.normal(owners) & needed]
     status, cause, fix = _in_a_process(_WITHOUT, [sys.path, subject.name, sorted(needed), modules])
     if status != "unavailable" or not any(name in cause.lower().replace("_", "-") for name in needed):
-        raise CheckFailed(f"without {', '.join(sorted(needed))} it is {status} ({cause}): it must be found and wait, so import it inside a function")
+        raise CheckFailed(
+            f"without {', '.join(sorted(needed))} it is {status} ({cause}): it must be found and wait, so import it inside a function"
+        )
     return f"without {', '.join(sorted(needed))}: {fix}"
 
 
@@ -173,5 +187,7 @@ def _in_a_process(code: str, data: Any) -> Any:
         [sys.executable, "-c", code], input=json.dumps(data), capture_output=True, text=True, env=environment, timeout=120, cwd=Path.cwd()
     )
     if done.returncode:
-        raise CheckFailed(f"a fresh process cannot import it: {(done.stderr.strip().splitlines() or ['it ended without a word'])[-1][:300]}")
+        raise CheckFailed(
+            f"a fresh process cannot import it: {(done.stderr.strip().splitlines() or ['it ended without a word'])[-1][:300]}"
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -2,7 +2,7 @@
 
 A weight (rows × columns) is cut into tiles of 16 rows and 64 columns. A tile is what the 32 threads of a warp read with one 16-byte load
 each (two for 8 bits), and every thread gets just the values that ``mma.m16n8k16`` expects of it: thread ``4 g + t`` holds rows ``g`` and
-``g + 8`` and columns ``16 t … 16 t + 15``; word ``j`` holds four columns of the first row (low half) and of the second (high half).
+``g + 8``, and columns ``8 t … 8 t + 7`` of both halves of the tile; of 4-bit weights, word ``j`` holds four columns of both rows.
 Which columns make up a step of the product does not matter to a sum, as long as the activations are read in the same order.
 
 4-bit tables (NF4, FP4) are stored by *label*, a renaming of the codes that suits the byte permutes which look the values up
@@ -206,8 +206,8 @@ def _tile_4bit(codes: torch.Tensor, by_row: bool) -> torch.Tensor:
     """
     codes = _row_tiles(codes)
     tiles, blocks = codes.shape[0] // 16, codes.shape[1] // 64
-    values = codes.reshape(tiles, 2, 8, blocks, 4, 4, 2, 2)  # tile, half, g, block, t, j, c1, c0
-    values = values.permute(0, 3, 2, 4, 5, 1, 6, 7) if by_row else values.permute(0, 3, 2, 4, 5, 7, 6, 1)
+    values = codes.reshape(tiles, 2, 8, blocks, 2, 4, 2, 2, 2)  # tile, half, g, block, j1, t, j0, c1, c0
+    values = values.permute(0, 3, 2, 5, 4, 6, 1, 7, 8) if by_row else values.permute(0, 3, 2, 5, 4, 6, 8, 7, 1)
     nibbles = values.reshape(tiles, blocks, 32, 16, 2)
     return (nibbles[..., 0] | nibbles[..., 1] << 4).contiguous().view(torch.int32)
 
@@ -215,8 +215,8 @@ def _tile_4bit(codes: torch.Tensor, by_row: bool) -> torch.Tensor:
 def _untile_4bit(words: torch.Tensor, shape: tuple[int, int], by_row: bool) -> torch.Tensor:
     tiles, blocks = words.shape[:2]
     data = words.contiguous().view(torch.uint8)
-    nibbles = torch.stack((data & 15, data >> 4), dim=-1).reshape(tiles, blocks, 8, 4, 4, 2, 2, 2)
-    values = nibbles.permute(0, 5, 2, 1, 3, 4, 6, 7) if by_row else nibbles.permute(0, 7, 2, 1, 3, 4, 6, 5)
+    nibbles = torch.stack((data & 15, data >> 4), dim=-1).reshape(tiles, blocks, 8, 4, 2, 2, 2, 2, 2)
+    values = nibbles.permute(0, 6, 2, 1, 4, 3, 5, 7, 8) if by_row else nibbles.permute(0, 8, 2, 1, 4, 3, 5, 7, 6)
     return values.reshape(tiles * 16, blocks * 64)[: shape[0]]
 
 
@@ -224,14 +224,14 @@ def _tile_8bit(codes: torch.Tensor) -> torch.Tensor:
     codes = _row_tiles(codes)
     tiles, blocks = codes.shape[0] // 16, codes.shape[1] // 64
     # step j = 2 j1 + j0 is in load j1; a word is four columns of one row, bytes 0 and 2 neighbours, and 1 and 3
-    values = codes.reshape(tiles, 2, 8, blocks, 4, 2, 2, 2, 2)  # tile, half, g, block, t, j1, j0, c1, c0
-    return values.permute(0, 3, 5, 2, 4, 6, 1, 8, 7).contiguous().reshape(tiles, blocks, 2, 32, 16).view(torch.int32)
+    values = codes.reshape(tiles, 2, 8, blocks, 2, 4, 2, 2, 2)  # tile, half, g, block, j1, t, j0, c1, c0
+    return values.permute(0, 3, 4, 2, 5, 6, 1, 8, 7).contiguous().reshape(tiles, blocks, 2, 32, 16).view(torch.int32)
 
 
 def _untile_8bit(words: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     tiles, blocks = words.shape[:2]
     values = words.contiguous().view(torch.int8).reshape(tiles, blocks, 2, 8, 4, 2, 2, 2, 2)
-    return values.permute(0, 6, 3, 1, 4, 2, 5, 8, 7).reshape(tiles * 16, blocks * 64)[: shape[0]]
+    return values.permute(0, 6, 3, 1, 2, 4, 5, 8, 7).reshape(tiles * 16, blocks * 64)[: shape[0]]
 
 
 def _tile_groups(values: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ PERMUTE, PAIRS, AFFINE, BYTES = (tl.constexpr(i) for i in range(4))
 BF16, FP16, FP32 = (tl.constexpr(i) for i in range(3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "rows", "row_tiles", "blocks", "inverse"])
 def product(
     x,  # *int32: activations (batch, columns), two 16-bit values a word
     words,
@@ -33,7 +33,6 @@ def product(
     rows,
     row_tiles,
     blocks,  # column tiles
-    half_columns,  # words in a row of x
     inverse,  # float: what the sum is multiplied with at the end
     KIND: tl.constexpr,
     SCALE: tl.constexpr,  # dtype of the scales
@@ -164,7 +163,7 @@ def product(
                             factors = factors + (one.to(tl.float32),)
                 for n in tl.static_range(NT):
                     token = first + n * 8 + g
-                    pointer = x + (token * half_columns + block * 32 + t * 8)[:, None] + j
+                    pointer = x + (token * (blocks * 32) + block * 32 + t * 8)[:, None] + j
                     if EVEN:
                         inside = (token < batch)[:, None]
                     else:

@@ -1,0 +1,199 @@
+"""Plugins that are broken in every way that we could think of: all at once, and every command still works and names each."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from optkit.testing.fixtures import OptkitRun
+from tests.fakes import plugin
+
+CONFIGURE = "@hookimpl\ndef configure(options, task, machine):\n    "
+#: kind -> source, and words of the cause that is shown. Each is refused when it is asked for.
+BROKEN = {
+    "import-error": ("import a_module_that_is_not_there", "ModuleNotFoundError"),
+    "syntax-error": ("def (", "SyntaxError"),
+    "null-bytes": ("x = 1\0", "null bytes"),
+    "system-exit": ("raise SystemExit(0)", "SystemExit"),
+    "keyboard-interrupt": ("raise KeyboardInterrupt", "it raises KeyboardInterrupt"),
+    "own-base-exception": ("class Odd(BaseException): ...\nraise Odd('no exception')", "Odd: no exception"),
+    "recursion": ("def f(): return f()\nf()", "RecursionError"),
+    "memory": ("raise MemoryError('all of it')", "MemoryError"),
+    "long-message": ("raise ValueError('line\\n' * 10_000)", "ValueError: line line"),
+    "message-raises": ("class Odd(Exception):\n    def __str__(self): raise ValueError\nraise Odd", "its message cannot be shown"),
+    "segfault": ("import ctypes\nctypes.string_at(0)", "it kills the process (SIGSEGV)"),
+    "aborts": ("import os\nos.abort()", "it kills the process (SIGABRT)"),
+    "ends-as-if-well": ("import os\nos._exit(0)", "it ends the process with status 0"),
+    "no-technique": ("technique = {'name': 'no-technique'}", "has no `technique = Technique(...)`"),
+    "technique-raises": ("def __getattr__(name): raise RuntimeError(name)", "RuntimeError: technique"),
+    "other-name": (plugin("another"), "its technique 'another'"),
+    "two-line-summary": (plugin("two-line-summary", summary="'one\\ntwo'"), "one line that says what the technique does"),
+    "unknown-stage": (plugin("unknown-stage", stage="'nowhere'"), "ValidationError"),
+    "options-of-wrong-type": (plugin("options-of-wrong-type", options="dict"), "ValidationError"),
+    "option-without-default": ("from optkit import Options\nclass O(Options): x: int\n" + plugin("option-without-default", options="O"), "no usable defaults"),
+    "option-that-is-no-data": (
+        "from typing import Any\nfrom optkit import Options\nclass O(Options): x: Any = object()\n" + plugin("option-that-is-no-data", options="O"),
+        "no usable defaults",
+    ),
+    "options-exit": (
+        "from pydantic import model_validator\nfrom optkit import Options\nclass O(Options):\n    @model_validator(mode='after')\n"
+        "    def check(self): raise SystemExit(0)\n" + plugin("options-exit", options="O"),
+        "SystemExit",
+    ),
+    "requirement-of-no-form": (plugin("requirement-of-no-form", requires="('not a requirement!',)"), "InvalidRequirement"),
+    "unknown-hook": (plugin("unknown-hook", "@hookimpl\ndef transfrom_model(model): ..."), "did you mean 'transform_model'"),
+    "wrong-signature": (plugin("wrong-signature", "@hookimpl\ndef transform_model(model, colour): ..."), "colour"),
+    "hook-not-callable": (plugin("hook-not-callable", "transform_model = 5"), "would never be called"),
+    "hook-not-marked": (plugin("hook-not-marked", "def transform_model(model): ..."), "would never be called"),
+    "hook-of-another-project": (
+        plugin("hook-of-another-project", "import pluggy\n@pluggy.HookimplMarker('llm')\ndef transform_model(model): ..."), "would never be called",
+    ),
+    "hook-wrapper": (plugin("hook-wrapper", "@hookimpl(wrapper=True)\ndef transform_model(model): return (yield)"), "nothing to wrap"),
+    "configure-raises": (plugin("configure-raises", CONFIGURE + "raise KeyError('x')"), "fails in `configure`: KeyError"),
+    "configure-exits": (plugin("configure-exits", CONFIGURE + "raise SystemExit(0)"), "fails in `configure`: SystemExit"),
+    "configure-gives-text": (plugin("configure-gives-text", CONFIGURE + "return 'static cache, please'"), "str, and optkit.Claims or None"),
+    "configure-unknown-setting": (
+        plugin("configure-unknown-setting", CONFIGURE + "return Claims(settings=(Setting(name='generate.cash', value=1, because=''),))"),
+        "did you mean 'generate.cache'",
+    ),
+    "configure-no-data": (
+        plugin("configure-no-data", CONFIGURE + "return Claims(settings=(Setting(name='generate.cache', value=object(), because=''),))"),
+        "fails in `configure`",
+    ),
+}  # fmt: skip
+#: Bad manners that must not harm: the plugin works.
+RUDE = {
+    "prints": "print('{\"not\": \"your JSON\"}')\n" + plugin("prints", CONFIGURE + "print('nor this')"),
+    "closes-stdout": "import sys\nsys.stdout.close()\n" + plugin("closes-stdout"),
+    "changes-path": "import os, sys\nsys.path.clear()\nos.chdir('/')\n" + plugin("changes-path"),
+    "escape-sequences": plugin("escape-sequences", summary="'\\x1b[2J\\u202ered [bold]text'"),
+}
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory):
+    """One site with every broken plugin, and what the commands say there."""
+    run = OptkitRun(tmp_path_factory.mktemp("crowd"))
+    for name, (source, _) in BROKEN.items():
+        run.plugin(name, source, "optkit-broken")
+    for name, source in (RUDE | {"good": plugin("good"), "twin": plugin("twin")}).items():
+        run.plugin(name, source, "optkit-fine")
+    run.plugin("twin", plugin("twin"), "optkit-twin")
+    run.plugin("newer", plugin("newer"), "optkit-newer", "Requires-Dist: optkit>=99\n")
+    run.plugin("not a name; rm -rf", plugin("good"), "optkit-odd-name")
+    for name, points in {"binary": b"\xff\xfe\0[", "unclosed": b"[optkit.techniques\nx", "valueless": b"[optkit.techniques]\nx =\n"}.items():
+        info = run.site / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "entry_points.txt").write_bytes(points)
+    bare = run.site / "bare-1.0.dist-info"
+    bare.mkdir()
+    (bare / "entry_points.txt").write_text("[optkit.techniques]\nbare = nowhere\n")
+    return run
+
+
+@pytest.fixture(scope="module")
+def listed(crowd):
+    rows = json.loads(crowd("list-plugins", "--format", "json").stdout)
+    return {row["name"]: row for row in rows}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_it_is_named_with_its_cause_and_the_way_to_switch_it_off(name, listed):
+    row = listed[name]
+    assert row["status"] in ("broken", "unavailable")
+    assert BROKEN[name][1] in row["cause"]
+    assert row["source"] == "optkit-broken" and "\n" not in row["cause"] and len(row["cause"]) < 700
+    assert f"optkit plugins disable {name}" in row["cause"] + row["fix"]
+
+
+@pytest.mark.parametrize("name", [*RUDE, "good"])
+def test_bad_manners_do_no_harm(name, listed):
+    assert listed[name]["status"] == "ready", listed[name]["cause"]
+
+
+def test_two_of_one_name_are_both_named(listed):
+    assert listed["twin"]["status"] == "broken"
+    assert "optkit-fine" in listed["twin"]["cause"] and "optkit-twin" in listed["twin"]["cause"]
+
+
+def test_one_for_another_optkit_is_not_imported(listed):
+    assert listed["newer"]["status"] == "unavailable" and "it needs optkit>=99" in listed["newer"]["cause"]
+
+
+def test_a_name_that_no_shell_should_see_is_quoted(listed):
+    assert "disable 'not a name; rm -rf'" in listed["not a name; rm -rf"]["fix"]
+
+
+def test_list_plugins_for_people(crowd):
+    done = crowd("list-plugins")
+    assert "it kills the process" in done.stdout and "cannot be read and are skipped" in done.stdout
+    assert "\x1b" not in done.stdout and "\u202e" not in done.stdout
+    assert "plugin prints prints" in done.stderr and "not your" not in done.stdout
+
+
+def test_a_plan_of_the_others_can_be_made(crowd):
+    done = crowd("plan", "--plugins", "good,prints", "--format", "json")
+    assert [step["name"] for step in json.loads(done.stdout)["steps"]] == ["good", "prints"]
+
+
+def test_doctor_names_them(crowd):
+    rows = json.loads(crowd("doctor", "--format", "json", code=None).stdout)
+    found = {row["name"]: row for row in rows}
+    assert "SIGSEGV" in found["plugin segfault"]["detail"] and "disable segfault" in found["plugin segfault"]["fix"]
+
+
+@pytest.mark.parametrize("name", ["segfault", "configure-exits", "hook-not-marked", "twin", "newer"])
+def test_a_plan_that_needs_it_is_refused_with_its_own_exit_code(crowd, name):
+    done = crowd("plan", "--plugins", name, code=3)
+    assert f"plugin '{name}'" in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_plugins_info_shows_a_broken_one(crowd):
+    assert "SIGSEGV" in crowd("plugins", "info", "segfault").stdout
+
+
+def test_a_disabled_one_is_not_imported_and_comes_back(crowd):
+    crowd("plugins", "disable", "segfault")
+    row = json.loads(crowd("plugins", "info", "segfault", "--format", "json").stdout)
+    assert row["status"] == "disabled" and row["fix"] == "optkit plugins enable segfault"
+    assert "optkit plugins enable segfault" in crowd("plan", "--plugins", "segfault", code=3).stderr
+    crowd("plugins", "enable", "segfault")
+    assert json.loads(crowd("plugins", "info", "segfault", "--format", "json").stdout)["status"] == "broken"
+
+
+def test_disabling_one_distribution_settles_a_quarrel_about_a_name(crowd):
+    crowd("plugins", "disable", "optkit-twin")
+    row = json.loads(crowd("plugins", "info", "twin", "--format", "json").stdout)
+    crowd("plugins", "enable", "optkit-twin")
+    assert row["status"] == "ready" and row["distribution"] == "optkit-fine"
+
+
+def test_an_import_that_hangs_is_given_up(optkit_run):
+    optkit_run.plugin("hangs", "import threading\nthreading.Event().wait()")
+    optkit_run.plugin("good", plugin("good"))
+    code = (
+        "from optkit import plugin_loading, registry\nplugin_loading.IMPORT_TIMEOUT = 1.0\nfound = registry.discover()\n"
+        "print(found.get('hangs').cause, found.get('good').status)"
+    )
+    environment = optkit_run.environment | {"OPTKIT_LOAD_PLUGINS": "hangs,good"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert "takes more than 1 s ready" in done.stdout
+
+
+def test_an_interrupt_by_the_user_still_interrupts(optkit_run):
+    """Ctrl-C while a plugin is imported: a signal, and no ``raise`` of the plugin's."""
+    optkit_run.plugin("slow", "import os, signal, threading\nif os.getppid() == int(os.environ['PARENT']): os.kill(os.getpid(), signal.SIGINT)")
+    code = "from optkit.registry import discover\ntry: discover()\nexcept KeyboardInterrupt: print('interrupted')"
+    import os
+
+    environment = optkit_run.environment | {"PARENT": str(os.getpid()), "OPTKIT_LOAD_PLUGINS": "slow"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "interrupted\n"
+
+
+def test_a_hook_that_exits_loses_its_trial_alone(optkit_run):
+    optkit_run.plugin("exits", plugin("exits", "@hookimpl\ndef transform_model(model): raise SystemExit(0)", stage="'quantize'"))
+    record = optkit_run.run(["exits"], code=1)
+    assert [(arm["state"], arm["reason"]) for arm in record["arms"]][1] == ("failed", "SystemExit: 0")
+    assert record["arms"][0]["state"] == "ok"
