@@ -225,7 +225,9 @@ def report(
         typer.echo(f"warning: {problem}", err=True)
     if not records:
         raise OptkitError("no recorded runs" + (f" with the id '{run_id}'" if run_id else "") + "; `optkit run` makes one")
-    if format == "human" and not output:
+    if output and format == "human":
+        format = {".svg": "svg", ".json": "json"}.get(Path(output).suffix, "markdown")
+    if format == "human":
         from optkit.report.terminal import console
 
         console().print(history.view(records, list_only))

@@ -53,7 +53,7 @@ CacheMaxAge = Annotated[str | None, _option("--cache-max-age", help="Older predi
 Metric = Annotated[str | None, _option("--metric", help="A metric of your own, MODULE:FUNCTION of (predictions, samples).")]
 Timeout = Annotated[float, _option("--timeout", help="Seconds for one step of a trial.", min=1)]
 StoreText = Annotated[bool, typer.Option("--store-text/--no-store-text", help="Keep generated texts in the memo.", envvar="OPTKIT_STORE_TEXT")]
-ProfilesDir = Annotated[list[str] | None, _option("--profiles-dir", help="A folder with profiles of your own.")]
+ProfilesDir = Annotated[list[str] | None, typer.Option("--profiles-dir", help="A folder with profiles of your own; OPTKIT_PROFILES_DIR names more.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")]
 Format = Annotated[str, _option("--format", help="human or json.")]
 Output = Annotated[str | None, typer.Option("--output", help="Also write the result to this file (.json, .md or .svg).")]

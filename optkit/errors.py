@@ -3,8 +3,7 @@
 OptkitError                 exit 1: printed as one line, no traceback
 ├── UsageError              exit 2: what was asked for is wrong or unknown
 │   └── PlanConflict        exit 2: a plan that cannot run, with every reason and what would make it run
-├── UnavailableError        exit 3: something that is needed is missing here
-└── GateMissed              exit 4: a quality or speed gate was not met
+└── UnavailableError        exit 3: something that is needed is missing here
 
 Anything else that escapes is a fault of optkit's own and keeps its traceback. Messages say what is wrong, where, and the way out.
 """
@@ -38,10 +37,6 @@ class PlanConflict(UsageError):
 
 class UnavailableError(OptkitError):
     exit_code = 3
-
-
-class GateMissed(OptkitError):
-    exit_code = 4
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

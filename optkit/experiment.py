@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from optkit import compare, identity, metrics
 from optkit.canonical import digest
+from optkit.context import TrialContext
 from optkit.errors import OptkitError, UnavailableError
 from optkit.folders import cache_folder, make_private_folder, records_folder
 from optkit.machine import detect, silent_cpu_fallback
@@ -40,6 +42,7 @@ def execute(request: Request) -> dict[str, Any]:
     fallback = silent_cpu_fallback(here)
     if fallback and (request.profile == "auto" or setup.profile.device == "cuda"):
         raise UnavailableError(fallback)
+    setup.source = setup.source.resolved()
     return Experiment(setup).run()
 
 
@@ -49,6 +52,7 @@ class Experiment:
     def __init__(self, setup: Setup):
         self.setup, self.request = setup, setup.request
         request = setup.request
+        self.metric = metrics.load_metric(request.metric) if request.metric else None
         self.memo = Memo(
             cache_folder(request.cache_dir) / "memo", max_age_seconds=request.cache_max_age, warn=request.warn
         )
@@ -230,26 +234,43 @@ class Experiment:
         }  # fmt: skip
 
     def _add_quality(self, result: dict[str, Any]) -> None:
-        """Metrics over the predictions, kept under what decides them: predictions, samples and the metric's own name."""
+        """Metrics over the predictions: ours kept under what decides them, those of plugins and of the user computed each time."""
         samples = self.setup.samples.samples
-        custom = metrics.load_metric(self.request.metric) if self.request.metric else None
-        baseline = self.predictions.get("baseline")
-        for row in result["arms"]:
+        for row, plan in zip(result["arms"], self.setup.all_plans, strict=True):
             rows = self.predictions.get(row["name"])
             if rows is None:
                 continue
-            other = None if row["name"] == "baseline" else baseline
-
-            def compute(spec: dict[str, Any], rows: Any = rows, other: Any = other) -> Any:
-                return metrics.quality(rows, samples, other, custom)
-
-            if custom is not None:  # somebody else's function: its code cannot be described, so its value is not kept
-                row["quality"] = compute({})
-                continue
-            spec = {"rows": digest(rows), "baseline": digest(other), "samples": self.setup.samples.digest, "code": self.identity["optkit"]}
+            baseline = None if plan is self.setup.baseline else self.predictions.get("baseline")
+            spec = {"rows": digest(rows), "baseline": digest(baseline), "samples": self.setup.samples.digest, "code": self.identity["optkit"]}
             hit = self.memo.lookup("metrics", spec)  # without joblib, which a hit does not need
-            row["quality"] = hit.value if hit else self.memo.compute("metrics", compute, spec)[0]
+            if hit is None:
+                quality, _ = self.memo.compute("metrics", partial(measured_quality, rows, samples, baseline), spec)
+            row["quality"] = dict(hit.value if hit else quality)
+            if self.metric is not None:
+                row["quality"] |= metrics.own(self.metric, rows, samples)
+            self._add_plugin_metrics(row["quality"], plan, rows)
             row["predictions_from"] = "memo" if self.from_memo.get(row["name"]) else "measured"
+
+    def _add_plugin_metrics(self, quality: dict[str, Any], plan: Plan, rows: list[dict[str, Any]]) -> None:
+        """Answers to the hook ``evaluate``. :raises OptkitError: for a name that is given twice."""
+        setup = self.setup
+        for step in plan.steps:
+            hook = setup.registry.hook(step.name, "evaluate")
+            if hook is None:
+                continue
+            trial = TrialContext(
+                step.name, step.options, plan.settings, setup.task, setup.machine.device, self.request.seed, setup.machine, setup.source,
+                cache_folder(self.request.cache_dir),
+            )  # fmt: skip
+            for name, value in (hook(outputs=rows, samples=setup.samples.samples, trial=trial) or {}).items():
+                if name in quality:
+                    raise OptkitError(f"the metric '{name}' is given twice, the second time by {step.name}; leave out one of them")
+                quality[name] = {"value": float(value), "n": len(rows)}
+
+
+def measured_quality(rows: Any, samples: list[Sample], baseline: Any, spec: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of one arm, in the form that the memo calls."""
+    return metrics.quality(rows, samples, baseline)
 
 
 def new_run_folder(cache: Path) -> Path:

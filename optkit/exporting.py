@@ -28,6 +28,7 @@ def export_model(request: Any, folder: Path) -> dict[str, Any]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"'{folder}' is not an empty folder; export writes a new one")
     setup = prepare(request)
+    setup.source = setup.source.resolved()
     plan = setup.plans[-1] if setup.plans else setup.baseline
     cache = cache_folder(request.cache_dir)
     experiment = Experiment(setup)

@@ -32,7 +32,6 @@ def base(setup: Setup) -> dict[str, Any]:
         "cpu": [machine.cpu_model, machine.cpu_cores, sorted(machine.cpu_features)],
         "task": setup.task,
         "seed": setup.request.seed,
-        "calibration": digest([sample.digest for sample in setup.samples.calibration]),
     }
 
 
@@ -41,6 +40,8 @@ def of_plan(shared: dict[str, Any], plan: Plan, setup: Setup) -> dict[str, Any]:
     return {
         **shared,
         "plan": {"steps": plan.to_json()["steps"], "settings": {s.name: s.value for s in plan.settings.chosen()}},
+        "calibration": digest([sample.digest for sample in setup.samples.calibration])
+        if any(step.technique.calibrates for step in plan.steps) else None,
         "plugins": {
             step.name: [step.version, plugin_digest(setup.registry.get(step.name).plugin), {name: version(name) for name in _distributions(step)}]
             for step in plan.steps

@@ -42,11 +42,13 @@ def load_model(source: ModelSource, trial: TrialContext) -> PreTrainedModel:
             config=config,
             device_map=settings["load.device_map"] or trial.device,
             weights_only=True,
+            revision=source.revision or "main",
             **arguments,
         )
     except (OSError, ValueError, ImportError) as error:
         raise _load_error(source, error) from error
     torch.set_grad_enabled(False)
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes repacks weights with it: moved logits, errors on narrow layers
             module.support_avx512bf16_for_cpu = False
@@ -78,7 +80,9 @@ def load_config(source: ModelSource, settings: Settings) -> Any:
             raw.pop("auto_map", None)
             config = AutoConfig.for_model(raw.pop("model_type"), **raw)
         else:
-            config = AutoConfig.from_pretrained(source.location, trust_remote_code=bool(settings["load.trust_remote_code"]))
+            config = AutoConfig.from_pretrained(
+                source.location, trust_remote_code=bool(settings["load.trust_remote_code"]), revision=source.revision or "main"
+            )
     except (OSError, ValueError, KeyError) as error:
         raise _load_error(source, error) from error
     config._attn_implementation = attention_for(config, settings["load.attention"])
@@ -109,7 +113,8 @@ def load_tokenizer(source: ModelSource) -> Any:
     if source.kind != "hub" and not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
         return byte_tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(str(folder) if source.kind != "hub" else source.location, trust_remote_code=False)
+        place = source.location if source.kind == "hub" else str(folder)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=source.revision or "main")
     except (OSError, ValueError) as error:
         raise _load_error(source, error) from error
 

@@ -14,7 +14,7 @@ from optkit.stats import BOOTSTRAP_SAMPLES, mcnemar, paired_bootstrap, wilson
 Rows = list[dict[str, Any]]
 
 
-def quality(rows: Rows, samples: list[Sample], baseline: Rows | None, custom: Callable[..., Any] | None = None) -> dict[str, dict[str, Any]]:
+def quality(rows: Rows, samples: list[Sample], baseline: Rows | None) -> dict[str, dict[str, Any]]:
     """Name -> value, n, and, against the baseline's predictions, difference and whether it may be claimed.
 
     ``perplexity`` exp(Σ nll / Σ tokens); ``exact_match`` share of texts equal to the answer; ``agreement`` share of texts equal to
@@ -36,8 +36,6 @@ def quality(rows: Rows, samples: list[Sample], baseline: Rows | None, custom: Ca
         diverging = [row["kl"] for row in rows if "kl" in row]
         if diverging:
             found["kl"] = {"value": sum(diverging) / len(diverging), "n": len(diverging)}
-    if custom:
-        found |= _custom(custom, rows, samples)
     return found
 
 
@@ -69,7 +67,8 @@ def _exact_match(answered: list[tuple[dict[str, Any], Sample]], baseline: Rows |
     return answer
 
 
-def _custom(function: Callable[..., Any], rows: Rows, samples: list[Sample]) -> dict[str, dict[str, Any]]:
+def own(function: Callable[..., Any], rows: Rows, samples: list[Sample]) -> dict[str, dict[str, Any]]:
+    """What a user's function of (predictions, samples) gives: one number, or numbers by name. Its failure is shown as its value."""
     name = getattr(function, "__name__", "metric")
     try:
         answer = function(rows, samples)

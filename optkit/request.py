@@ -129,7 +129,7 @@ def choose(request: Request, profile: Profile, task: str) -> tuple[list[Choice],
         mine = options.pop(name, {})
         because = f"asked for ({request.origins.get('plugins', '--plugins')})" if asked else f"profile {profile.name}: {defaults[name].because}"
         choices.append(Choice(name, base | mine, origins | dict.fromkeys(mine, request.origins.get("set", "--set")), because))
-    if options:
+    if options and not request.origins.get("set", "--set").endswith((".toml", "]")):  # a file's options wait for a plan that has use for them
         name = next(iter(options))
         raise UsageError(f"--set names an option of '{name}', which is not in this plan ({', '.join(names) or 'no techniques'})")
     wishes += profile_settings(profile, task)

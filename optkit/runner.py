@@ -140,6 +140,9 @@ class Runner:
 
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device == "cuda" else [])
         batch = [self.samples[index] for index in self.batches[0]]
+        begin = getattr(self.session.engine, "begin_unit", None)
+        if begin:
+            begin()
         with profile(activities=activities) as seen:
             if self.task == "generate":
                 self.session.engine.generate([sample.prompt_ids for sample in batch], new_tokens=PROFILED_TOKENS, exact=True)

@@ -71,7 +71,7 @@ class SampleSet:
 def sample_set(text: str | None, source: ModelSource, *, limit: int | None = None) -> SampleSet:
     """Samples that a user means.
 
-    ``bundled`` or ``bundled:names``; ``random:64x128`` (64 prompts of 128 random tokens, the default for random weights);
+    ``bundled`` or ``bundled:names``; ``random:64x128`` (64 prompts of 128 random tokens; 16 of 64 is the default for random weights);
     a ``.jsonl`` or ``.json`` file with ``prompt``/``messages``/``text`` and ``answer``; a plain text file; ``hf:NAME[:SPLIT]``.
     """
     if not text:

@@ -73,7 +73,7 @@ class Session:
         started = time.perf_counter()
         for step in self.plan.steps:
             trial = self.contexts[step.name]
-            trial.calibration = calibration or []
+            trial.calibration = calibration if calibration and step.technique.calibrates else []
             hook = self.registry.hook(step.name, "transform_model")
             if not hook or self.model is None:
                 continue

@@ -9,13 +9,17 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from optkit.canonical import digest
-from optkit.errors import UsageError
+from optkit.errors import UnavailableError, UsageError
+
+
+#: How long the hub may take to say which commit is the newest.
+HUB_TIMEOUT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class ModelSource:
 
     :ivar kind: ``folder``, ``hub`` or ``random``.
     :ivar location: the folder, the hub id, or the ``config.json`` file.
+    :ivar revision: the commit of a hub model, once it is known.
     :ivar shrink: build a two-layer version of the same architecture (random weights where the layers were cut from a config).
     """
 
@@ -31,6 +36,7 @@ class ModelSource:
     kind: str
     location: str
     shrink: bool = False
+    revision: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -42,7 +48,16 @@ class ModelSource:
             return base | {"files": folder_digest(Path(self.location))}
         if self.kind == "random":
             return base | {"config": hashlib.sha256(Path(self.location).read_bytes()).hexdigest()}
-        return base | {"id": self.location, "commit": hub_commit(self.location)}
+        return base | {"id": self.location, "commit": self.revision}
+
+    def resolved(self) -> ModelSource:
+        """This source with its commit: the cached one, else the hub's newest, which is asked for here and nowhere else.
+
+        :raises UnavailableError: when the hub does not answer, or knows no such model.
+        """
+        if self.kind != "hub" or self.revision:
+            return self
+        return replace(self, revision=hub_commit(self.location) or newest_commit(self.location))
 
 
 def model_source(text: str | None, *, shrink: bool = False) -> ModelSource:
@@ -131,6 +146,23 @@ def hub_commit(name: str) -> str | None:
         return reference.read_text(encoding="ascii").strip()
     except OSError:
         return None
+
+
+def newest_commit(name: str) -> str:
+    """The newest commit of a hub model. :raises UnavailableError: after one short try."""
+    import urllib.request
+
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        raise UnavailableError(f"'{name}' is not in the hub's local cache, and HF_HUB_OFFLINE is set; give a local folder with --model")
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    request = urllib.request.Request(f"{endpoint}/api/models/{name}")
+    if os.environ.get("HF_TOKEN"):
+        request.add_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+    try:
+        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS) as answer:
+            return str(json.loads(answer.read(1 << 24))["sha"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UnavailableError(hub_offline_message(name, error)) from None
 
 
 def hub_offline_message(name: str, error: Exception) -> str:

@@ -61,12 +61,13 @@ class SpeedUp:
 def speed_up(baseline: Sequence[float], other: Sequence[float], noise: float = 0.0) -> SpeedUp:
     """Median of the paired ratios baseline/other of seconds, one value a process pair.
 
-    A difference is claimed where the interval excludes 1 *and* the effect is at least ``max(2 %, noise)``.
+    A difference is claimed where an interval of at least 95 % excludes 1 *and* the effect is at least ``max(2 %, noise)``.
 
     :param noise: |log A′/A| of the same run: what two untouched baselines differed by.
     """
     interval = order_statistic_interval([math.log(first / second) for first, second in zip(baseline, other, strict=True)])
-    differs = not interval.low <= 0 <= interval.high and abs(interval.value) >= max(math.log1p(SMALLEST_EFFECT), noise) and interval.n > 1
+    excludes = interval.coverage >= 0.95 and not interval.low <= 0 <= interval.high
+    differs = excludes and abs(interval.value) >= max(math.log1p(SMALLEST_EFFECT), noise)
     return SpeedUp(math.exp(interval.value), math.exp(interval.low), math.exp(interval.high), interval.n, interval.coverage, differs)
 
 
@@ -88,7 +89,7 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     share = hits / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def paired_bootstrap(pairs: Sequence[tuple[float, float, float, float]], seed: int = 0) -> tuple[float, float]:

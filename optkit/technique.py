@@ -75,6 +75,7 @@ class Technique(BaseModel):
     :param forbids: properties that no *earlier* technique may have added.
     :param refuses: properties that no technique of the plan may add.
     :param after: properties whose techniques are applied before this one within the stage; ``before`` likewise.
+    :param calibrates: it reads ``trial.calibration``, which is empty otherwise: what decides a result must be declared.
     :param lossy: outputs are expected to differ from the untouched model's beyond rounding.
     :param requires: distributions needed, as PEP 508 strings.
     :param extra: the extra of the plugin's distribution that installs them.
@@ -96,6 +97,7 @@ class Technique(BaseModel):
     refuses: frozenset[str] = frozenset()
     before: frozenset[str] = frozenset()
     after: frozenset[str] = frozenset()
+    calibrates: bool = False
     lossy: bool = False
     tasks: frozenset[Task] = frozenset({"score", "generate", "train"})
     devices: frozenset[Literal["cpu", "cuda"]] = frozenset({"cpu", "cuda"})

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optkit.errors import UsageError
+from optkit.errors import OptkitError, UnavailableError, UsageError
 from optkit.experiment import execute
 from optkit.request import Request, prepare
 from optkit.loading import byte_tokenizer
@@ -175,8 +175,31 @@ def test_prompts_without_answers_get_agreement_and_divergence(model_folder, tmp_
                 set={"precision.dtype": "bfloat16", "generate.max_new_tokens": 6})
     )  # fmt: skip
     quality = arm(record, "precision")["quality"]
-    assert quality["agreement"]["n"] == 6 and 0 <= quality["kl"]["value"] < 0.1
+    assert quality["agreement"]["n"] == 6 and 0 <= quality["kl"]["value"] < 1
     assert "exact_match" not in quality and arm(record, "precision")["loaded"]["dtype"] == "bfloat16"
+
+
+def test_a_plugins_own_metric_is_shown_and_a_name_given_twice_is_refused(model_folder, samples, monkeypatch, tmp_path):
+    body = LOUDER + "\n@hookimpl\ndef evaluate(outputs, samples): return {'%s': float(len(outputs))}"
+    install(
+        monkeypatch, tmp_path / "site",
+        {"counter": plugin("counter", body % "counted", stage="'quantize'"), "clash": plugin("clash", body % "perplexity", stage="'quantize'")},
+    )  # fmt: skip
+    record = execute(request(model_folder, samples, ["counter"]))
+    assert arm(record, "counter")["quality"]["counted"]["value"] == 12
+    with pytest.raises(OptkitError, match="'perplexity' is given twice, the second time by clash"):
+        execute(request(model_folder, samples, ["clash"]))
+
+
+def test_a_hub_model_that_cannot_be_fetched_is_one_line_at_once(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(UnavailableError, match="cannot fetch 'nobody/nothing' from the hub") as caught:
+        execute(Request(model="nobody/nothing", profile="cpu", plugins=[]))
+    assert "\n" not in str(caught.value)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UnavailableError, match="HF_HUB_OFFLINE"):
+        execute(Request(model="nobody/nothing", profile="cpu", plugins=[]))
 
 
 def test_texts_cannot_be_continued(model_folder, tmp_path):

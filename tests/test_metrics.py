@@ -41,13 +41,13 @@ def test_a_broken_metric_of_somebody_else_is_shown_as_failed():
     def mine(outputs, samples):
         raise ValueError("no")
 
-    assert metrics.quality(rows(["a"] * 4), SAMPLES, None, mine)["mine"] == {"error": "ValueError: no"}
+    assert metrics.own(mine, rows(["a"] * 4), SAMPLES)["mine"] == {"error": "ValueError: no"}
 
 
 def test_own_metric_by_name(tmp_path, monkeypatch):
     (tmp_path / "own_metric.py").write_text("def length(outputs, samples):\n    return sum(len(row['text']) for row in outputs)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = metrics.quality(rows(["a", "bb", "c", "d"]), SAMPLES, None, metrics.load_metric("own_metric:length"))
+    found = metrics.own(metrics.load_metric("own_metric:length"), rows(["a", "bb", "c", "d"]), SAMPLES)
     assert found["length"]["value"] == 5
 
 

@@ -51,8 +51,10 @@ def test_an_effect_below_two_percent_is_not_claimed_however_exact():
     assert not stats.speed_up([1.01] * 10, [1.0] * 10).differs
 
 
-def test_one_pair_claims_nothing():
-    assert not stats.speed_up([2.0], [1.0]).differs
+def test_fewer_pairs_than_95_percent_needs_claim_nothing():
+    for n in range(1, 6):
+        assert not stats.speed_up([2.0] * n, [1.0] * n).differs
+    assert stats.speed_up([2.0] * 6, [1.0] * 6).differs
 
 
 def test_mcnemar_equals_the_exact_binomial():

@@ -91,12 +91,16 @@ def custom_rows(record: Record) -> list[list[str]]:
     ]
 
 
+def count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def footnotes(record: Record) -> list[str]:
     """What a sceptic asks first: how often, against what, how noisy, from when."""
     protocol, timed = record["protocol"], record["timed"]
-    work = f"{timed['samples']} samples" + (f" × {timed['tokens']} new tokens" if timed["tokens"] else "")
+    work = count(timed["samples"], "sample") + (f" × {timed['tokens']} new tokens" if timed["tokens"] else "")
     notes = [
-        f"n = {protocol['rounds']} process pairs × {protocol['turns']} turns of {protocol['repeat']} × ({work}), "
+        f"n = {count(protocol['rounds'], 'process pair')} × {count(protocol['turns'], 'turn')} of {protocol['repeat']} × ({work}), "
         + ("taking turns in random order" if protocol["interleaved"] else "whole processes alternating, not interleaved")
         + "; median of the paired ratios, order-statistic interval"
     ]
@@ -106,7 +110,8 @@ def footnotes(record: Record) -> list[str]:
         notes.append(f"a second untouched baseline reads {again['ratio']:.3f} [{again['low']:.3f}, {again['high']:.3f}]: {verdict}")
     ratios = [arm["speed_up"]["coverage"] for arm in record["arms"] if arm.get("speed_up")]
     if ratios and min(ratios) < 0.95:
-        notes.append(f"{protocol['rounds']} pairs give an interval of {percent(min(ratios))} only; a difference needs 6, --repeats 6 or more")
+        pairs = count(protocol["rounds"], "pair")
+        notes.append(f"an interval of {pairs} covers {percent(min(ratios))} only; no difference is claimed below 6, --repeats 6 or more")
     peaks = record.get("peaks")
     if peaks:
         notes.append(

@@ -50,9 +50,9 @@ def check_technique(
     :raises UsageError: for a name that nothing installed has.
     """
     subject = Subject(name, dict(options or {}), partners)
-    subject.row  # noqa: B018 - an unknown name is the caller's mistake, not a failed check
     results = []
     try:
+        subject.registry.get(name)  # an unknown name is the caller's mistake, not a failed check
         for check in CHECKS:
             results.append(result_of(subject, check))
             report(results[-1])

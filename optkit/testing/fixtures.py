@@ -79,7 +79,20 @@ class OptkitRun:
         samples.write_text("".join(json.dumps({"prompt": f"count {n}", "answer": str(n)}) + "\n" for n in range(16)))
         pairs = {"generate.max_new_tokens": 6} | (set or {})
         settings = [word for key, value in pairs.items() for word in ("--set", f"{key}={value}")]
-        fixed = ["--format", "json", "--profile", "cpu", "--repeats", "1", "--limit", "4", "--model", str(self.model), "--samples", str(samples)]
+        fixed = [
+            "--format",
+            "json",
+            "--profile",
+            "cpu",
+            "--repeats",
+            "1",
+            "--limit",
+            "4",
+            "--model",
+            str(self.model),
+            "--samples",
+            str(samples),
+        ]
         done = self("run", *fixed, "--plugins", ",".join(plugins), *settings, *arguments, code=code)
         return json.loads(done.stdout)
 

@@ -53,7 +53,8 @@ def is_private(name: str) -> bool:
 
 def undeclared(names: Iterable[str], module: str, distribution: str, requires: Iterable[str]) -> set[str]:
     """Top-level modules that come with nothing that the plugin, its distribution or optkit declares."""
-    declared = distribution_names(requires) | {"optkit"} | normal([distribution])
+    own = distribution_names(_requires(distribution, extras=True)) | normal([distribution])
+    declared = distribution_names(requires) | own | {"optkit"}
     for _ in range(2):  # what optkit requires, and what that requires: numpy comes with torch
         declared |= {name for owner in list(declared) for name in distribution_names(_requires(owner))}
     owners = importlib.metadata.packages_distributions()
@@ -61,11 +62,15 @@ def undeclared(names: Iterable[str], module: str, distribution: str, requires: I
     return {top for top in tops if not (normal(owners.get(top, [])) | normal([top])) & declared}
 
 
-def _requires(distribution: str) -> list[str]:
+def _requires(distribution: str, *, extras: bool = False) -> list[str]:
+    """What a distribution requires here; with ``extras`` also what only its extras bring."""
+    from packaging.requirements import Requirement
+
     try:
-        return importlib.metadata.requires(distribution) or []
+        texts = importlib.metadata.requires(distribution) or []
     except importlib.metadata.PackageNotFoundError:
         return []
+    return [text for text in texts if extras or (marker := Requirement(text).marker) is None or marker.evaluate({"extra": ""})]
 
 
 def distribution_names(requirements: Iterable[str]) -> set[str]:

@@ -86,15 +86,23 @@ import optkit, optkit.modules, optkit.engine
 for name in optkit.__all__:
     getattr(optkit, name)  # what every command has loaded is not the plugin's cost
 heavy = [name for name in ("torch", "transformers", "numpy") if name not in sys.modules]
-before = {"sys.path": list(sys.path), "os.environ": dict(os.environ), "the working folder": os.getcwd(), "sys.stdout": sys.stdout}
+changed = set()
+class Environment(type(os.environ)):
+    def __setitem__(self, name, value):
+        changed.add("os.environ")
+        super().__setitem__(name, value)
+    def __delitem__(self, name):
+        changed.add("os.environ")
+        super().__delitem__(name)
+os.environ.__class__ = Environment
+before = list(sys.path), os.getcwd()
 printed = io.StringIO()
 started = time.process_time()
 with contextlib.redirect_stdout(printed):
     runpy.run_path(module) if module.endswith(".py") else importlib.import_module(module)
 seconds = time.process_time() - started
-after = {"sys.path": list(sys.path), "os.environ": dict(os.environ), "the working folder": os.getcwd(), "sys.stdout": sys.stdout}
-changed = [name for name in before if before[name] != after[name]]
-print(json.dumps([seconds, [name for name in heavy if name in sys.modules], changed, printed.getvalue()[:200]]))
+changed |= {name for name, old, new in zip(("sys.path", "the working folder"), before, (sys.path, os.getcwd())) if old != new}
+print(json.dumps([seconds, [name for name in heavy if name in sys.modules], sorted(changed), printed.getvalue()[:200]]))
 """
 
 

@@ -51,6 +51,7 @@ technique = Technique(
     stage="quantize",
     summary="calibrated 2, 3, 4 or 8-bit weights: quality and export, no speed here; or reads GPTQ and AWQ checkpoints",
     honours=frozenset({"load.dtype", "load.attention"}),
+    calibrates=True,
     lossy=True,
     tasks=frozenset({"score", "generate"}),
     requires=("llmcompressor>=0.14,<0.15", "compressed-tensors>=0.18"),

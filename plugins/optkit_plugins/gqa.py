@@ -44,6 +44,7 @@ technique = Technique(
     summary="share key and value heads among query heads: a smaller KV cache, costs quality until it is trained again",
     adds=frozenset({"architecture-changed", "weights-changed"}),
     forbids=frozenset({"weights-quantized"}),
+    calibrates=True,
     lossy=True,
     options=GqaOptions,
     paper="https://arxiv.org/abs/2305.13245",

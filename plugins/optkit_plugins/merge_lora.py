@@ -58,7 +58,7 @@ technique = Technique(
 @hookimpl
 def configure(options: MergeLoraOptions) -> Claims | None:
     problem = problem_of(options.adapter)
-    return Claims(problem=f"merge-lora: {problem}") if problem else None
+    return Claims(problem=problem) if problem else None
 
 
 def problem_of(folder: Path | None) -> str | None:

@@ -42,6 +42,7 @@ technique = Technique(
     summary="take out the least important MLP channels, or zero single weights: costs quality, and zeros alone bring no speed",
     adds=frozenset({"weights-changed"}),
     forbids=frozenset({"weights-quantized"}),
+    calibrates=True,
     lossy=True,
     options=PruneOptions,
     paper="https://arxiv.org/abs/2306.11695",

@@ -34,6 +34,7 @@ technique = Technique(
     summary="take out the decoder layers whose removal hurts least: less of everything, costs quality",
     adds=frozenset({"architecture-changed"}),
     forbids=frozenset({"weights-quantized", "adapter"}),
+    calibrates=True,
     lossy=True,
     options=LayerdropOptions,
     paper="https://arxiv.org/abs/2403.03853",

@@ -142,7 +142,9 @@ def pack_int4_codes(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tens
     """From uint8 codes (rows × columns), scales and zeros (rows × groups): ``(code - zero) * scale``, zero 8 where there is none."""
     _require(codes, group)
     tiled_zeros = None if zeros is None else _tile_groups(zeros.to(torch.uint8))
-    return Packed("int4", (codes.shape[0], codes.shape[1]), group, _tile_4bit(codes, by_row=False), _tile_groups(narrow(scales)), tiled_zeros)
+    return Packed(
+        "int4", (codes.shape[0], codes.shape[1]), group, _tile_4bit(codes, by_row=False), _tile_groups(narrow(scales)), tiled_zeros
+    )
 
 
 def pack_int8(weight: torch.Tensor) -> Packed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -18,7 +17,8 @@ class Variant:
     :ivar pairs: look 4-bit tables up in shared memory, not with byte permutes.
     :ivar column_warps: warps of a program that share the columns. :ivar row_warps: warps that share the rows.
     :ivar row_tiles: tiles of 16 rows a warp. :ivar column_tiles: tiles of 64 columns that a warp loads at once.
-    :ivar programs: programs a multiprocessor that go on to further rows; 0: one program for each group of rows.
+    :ivar ahead: load the next tiles before these are computed.
+    :ivar overlap: begin to load weights while the kernel before still runs (programmatic dependent launch, sm_90).
     """
 
     pairs: bool = False
@@ -26,7 +26,8 @@ class Variant:
     row_warps: int = 1
     row_tiles: int = 1
     column_tiles: int = 4
-    programs: int = 0
+    ahead: bool = True
+    overlap: bool = False
 
 
 def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, variant: Variant, tokens: int | None = None) -> torch.Tensor:
@@ -49,8 +50,6 @@ def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, variant:
     tokens = tokens or min(64, -(-batch // 8) * 8)
     row_tiles, blocks = packed.words.shape[:2]
     groups = -(-row_tiles // (variant.row_warps * variant.row_tiles))
-    if variant.programs:
-        groups = min(groups, variant.programs * _multiprocessors(x.device))
     scale_kind = {torch.bfloat16: kernel.BF16, torch.float16: kernel.FP16, torch.float32: kernel.FP32}[packed.scales.dtype].value
     expand, expand_registers = kernel.expand_assembly(kind, bfloat16)
     multiply, multiply_registers = kernel.multiply_assembly(bfloat16, kind == kernel.BYTES.value)
@@ -78,13 +77,17 @@ def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, variant:
         U=variant.column_tiles,
         NT=tokens // 8,
         EVEN=blocks % (variant.column_warps * variant.column_tiles) == 0,
+        AHEAD=variant.ahead and blocks > variant.column_warps * variant.column_tiles,
+        WAITS=variant.overlap,
         EXPAND=expand,
         EXPAND_REGISTERS=expand_registers,
         MULTIPLY=multiply,
         MULTIPLY_REGISTERS=multiply_registers,
         MAGIC=kernel.magic_bits(bfloat16),
         FILL=kernel.FILL,
+        FENCE=kernel.FENCE,
         num_warps=variant.column_warps * variant.row_warps,
+        launch_pdl=variant.overlap,
     )
     return out
 
@@ -95,8 +98,3 @@ def _table(format: str, dtype: torch.dtype, pairs: bool, device: torch.device) -
     lookup = lookup_table(format, dtype)
     values = torch.tensor(lookup.pairs if pairs else lookup.words, dtype=torch.int64).to(torch.int32)
     return (values if pairs else values.repeat_interleave(32)).to(device), lookup.factor
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> Any:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -20,6 +20,60 @@ PERMUTE, PAIRS, AFFINE, BYTES = (tl.constexpr(i) for i in range(4))
 BF16, FP16, FP32 = (tl.constexpr(i) for i in range(3))
 
 
+@triton.jit
+def load_tiles(
+    words,
+    scales,
+    zeros,
+    tile,
+    first,
+    row_tiles,
+    blocks,
+    lane,
+    KIND: tl.constexpr,
+    SCALE: tl.constexpr,
+    TILES_A_GROUP: tl.constexpr,
+    ZEROS: tl.constexpr,
+    WK: tl.constexpr,
+    R: tl.constexpr,
+    U: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Words, scales and zeros of U column tiles by R row tiles, with what lies past the last column tile as zero."""
+    j = tl.arange(0, 4)[None, :]
+    loaded = ()
+    grouped = ()
+    offsets = ()
+    for u in tl.static_range(U):
+        block = first + u * WK
+        for r in tl.static_range(R):
+            # rows past the end are computed with the last tile's weights, and not stored
+            row_tile = tl.minimum(tile + r, row_tiles - 1)
+            at = row_tile * blocks + block
+            if KIND == BYTES:
+                pointer = words + (at * 256 + lane * 4)[:, None] + j
+                if EVEN:
+                    loaded = loaded + (tl.load(pointer), tl.load(pointer + 128))
+                else:
+                    inside = (block < blocks)[:, None]
+                    loaded = loaded + (tl.load(pointer, mask=inside, other=0), tl.load(pointer + 128, mask=inside, other=0))
+            else:
+                pointer = words + (at * 128 + lane * 4)[:, None] + j
+                group = (row_tile * (blocks // TILES_A_GROUP) + block // TILES_A_GROUP) * 8 + lane // 4
+                if EVEN:
+                    loaded = loaded + (tl.load(pointer),)
+                else:
+                    loaded = loaded + (tl.load(pointer, mask=(block < blocks)[:, None], other=0),)
+                    group = tl.where(block < blocks, group, 0)
+                if SCALE == FP32:
+                    grouped = grouped + (tl.load(scales + group * 2), tl.load(scales + group * 2 + 1))
+                else:
+                    grouped = grouped + (tl.load(scales + group),)
+                if ZEROS:
+                    offsets = offsets + (tl.load(zeros + group),)
+    return loaded, grouped, offsets
+
+
 @triton.jit(do_not_specialize=["batch", "rows", "row_tiles", "blocks", "inverse"])
 def product(
     x,  # *int32: activations (batch, columns), two 16-bit values a word
@@ -45,12 +99,15 @@ def product(
     U: tl.constexpr,  # column tiles that a warp loads at once
     NT: tl.constexpr,  # tiles of 8 activations
     EVEN: tl.constexpr,  # the columns divide into steps without a rest
+    AHEAD: tl.constexpr,  # load the next step's weights before computing this one's
+    WAITS: tl.constexpr,  # launched while the kernel before still runs
     EXPAND: tl.constexpr,
     EXPAND_REGISTERS: tl.constexpr,
     MULTIPLY: tl.constexpr,
     MULTIPLY_REGISTERS: tl.constexpr,
     MAGIC: tl.constexpr,
     FILL: tl.constexpr,
+    FENCE: tl.constexpr,
 ):
     thread = tl.arange(0, WK * WM * 32)
     j = tl.arange(0, 4)[None, :]
@@ -61,6 +118,14 @@ def product(
     g = lane // 4
     t = lane % 4
     first = tl.program_id(1) * (NT * 8)
+    tile = (tl.program_id(0) * WM + wm) * R
+    sums = ()
+    for _ in tl.static_range(R * NT):
+        sums = sums + (tl.zeros((WK * WM * 32, 4), tl.float32),)
+    if AHEAD:
+        loaded, grouped, offsets = load_tiles(
+            words, scales, zeros, tile, wk, row_tiles, blocks, lane, KIND, SCALE, TILES_A_GROUP, ZEROS, WK, R, U, EVEN
+        )
     if KIND == PERMUTE:
         # every lane has its own copy: what is equal in all lanes is kept in uniform registers and fetched anew for each use
         more = (
@@ -88,121 +153,102 @@ def product(
         base = tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [base + lane * 4], dtype=tl.int32, is_pure=False, pack=1)
         more = (base[:, None],)
 
-    for program in range(tl.program_id(0), tl.cdiv(row_tiles, WM * R), tl.num_programs(0)):
-        tile = (program * WM + wm) * R
-        sums = ()
-        for _ in tl.static_range(R * NT):
-            sums = sums + (tl.zeros((WK * WM * 32, 4), tl.float32),)
-        for step in range(0, blocks, WK * U):
-            loaded = ()
-            grouped = ()
-            offsets = ()
-            for u in tl.static_range(U):
-                block = step + u * WK + wk
-                for r in tl.static_range(R):
-                    # rows past the end are computed with the last tile's weights, and not stored
-                    row_tile = tl.minimum(tile + r, row_tiles - 1)
-                    at = row_tile * blocks + block
-                    if KIND == BYTES:
-                        pointer = words + (at * 256 + lane * 4)[:, None] + j
-                        if EVEN:
-                            loaded = loaded + (tl.load(pointer), tl.load(pointer + 128))
-                        else:
-                            inside = (block < blocks)[:, None]
-                            loaded = loaded + (tl.load(pointer, mask=inside, other=0), tl.load(pointer + 128, mask=inside, other=0))
-                    else:
-                        pointer = words + (at * 128 + lane * 4)[:, None] + j
-                        group = (row_tile * (blocks // TILES_A_GROUP) + block // TILES_A_GROUP) * 8 + g
-                        if EVEN:
-                            loaded = loaded + (tl.load(pointer),)
-                        else:
-                            loaded = loaded + (tl.load(pointer, mask=(block < blocks)[:, None], other=0),)
-                            group = tl.where(block < blocks, group, 0)
-                        if SCALE == FP32:
-                            grouped = grouped + ((tl.load(scales + group * 2), tl.load(scales + group * 2 + 1)),)
-                        else:
-                            grouped = grouped + (tl.load(scales + group),)
-                        if ZEROS:
-                            offsets = offsets + (tl.load(zeros + group),)
-            for u in tl.static_range(U):
-                block = step + u * WK + wk
-                expanded = ()
-                factors = ()
-                for r in tl.static_range(R):
-                    if KIND == BYTES:
-                        for half in tl.static_range(2):
-                            expanded = expanded + tl.inline_asm_elementwise(
-                                EXPAND, EXPAND_REGISTERS, [loaded[2 * (u * R + r) + half]], dtype=(tl.int32, tl.int32), is_pure=True, pack=4
-                            )
-                    else:
-                        if KIND == AFFINE:
-                            if ZEROS:
-                                pair = offsets[u * R + r].to(tl.int32)
-                                more = (
-                                    ((pair & 0xFF) * 0x10001 | MAGIC)[:, None],
-                                    ((pair >> 8 & 0xFF) * 0x10001 | MAGIC)[:, None],
-                                )
-                            else:
-                                more = (MAGIC | 0x80008, MAGIC | 0x80008)
+    if WAITS:
+        # what came before may still be running until here; it does not write weights
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for step in range(0, blocks, WK * U):
+        if AHEAD:
+            next = load_tiles(
+                words, scales, zeros, tile, step + WK * U + wk, row_tiles, blocks, lane, KIND, SCALE, TILES_A_GROUP, ZEROS, WK, R, U, False
+            )
+            # without a fence the assembler moves the loads down to where they are used
+            tl.inline_asm_elementwise(FENCE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        else:
+            loaded, grouped, offsets = load_tiles(
+                words, scales, zeros, tile, step + wk, row_tiles, blocks, lane, KIND, SCALE, TILES_A_GROUP, ZEROS, WK, R, U, EVEN
+            )
+        for u in tl.static_range(U):
+            block = step + u * WK + wk
+            expanded = ()
+            factors = ()
+            for r in tl.static_range(R):
+                if KIND == BYTES:
+                    for half in tl.static_range(2):
                         expanded = expanded + tl.inline_asm_elementwise(
-                            EXPAND,
-                            EXPAND_REGISTERS,
-                            (loaded[u * R + r],) + more,  # noqa: RUF005 - Triton's tuples
-                            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                            EXPAND, EXPAND_REGISTERS, [loaded[2 * (u * R + r) + half]], dtype=(tl.int32, tl.int32), is_pure=True, pack=4
+                        )
+                else:
+                    if KIND == AFFINE:
+                        if ZEROS:
+                            pair = offsets[u * R + r].to(tl.int32)
+                            more = (
+                                ((pair & 0xFF) * 0x10001 | MAGIC)[:, None],
+                                ((pair >> 8 & 0xFF) * 0x10001 | MAGIC)[:, None],
+                            )
+                        else:
+                            more = (MAGIC | 0x80008, MAGIC | 0x80008)
+                    expanded = expanded + tl.inline_asm_elementwise(
+                        EXPAND,
+                        EXPAND_REGISTERS,
+                        (loaded[u * R + r],) + more,
+                        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                        is_pure=True,
+                        pack=4,
+                    )
+                    if SCALE == FP32:
+                        factors = factors + (tl.where(j < 2, grouped[2 * (u * R + r)][:, None], grouped[2 * (u * R + r) + 1][:, None]),)
+                    elif SCALE == BF16:
+                        both = grouped[u * R + r][:, None]
+                        factors = factors + (tl.where(j < 2, both << 16, both & -65536).to(tl.float32, bitcast=True),)
+                    else:
+                        both = grouped[u * R + r][:, None]
+                        one = tl.where(j < 2, both, both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+                        factors = factors + (one.to(tl.float32),)
+            for n in tl.static_range(NT):
+                token = first + n * 8 + g
+                pointer = x + (token * (blocks * 32) + block * 32 + t * 4)[:, None] + j
+                if EVEN:
+                    inside = (token < batch)[:, None]
+                else:
+                    inside = ((token < batch) & (block < blocks))[:, None]
+                low = tl.load(pointer, mask=inside, other=0)
+                high = tl.load(pointer + 16, mask=inside, other=0)
+                for r in tl.static_range(R):
+                    if KIND == BYTES:
+                        total = tl.inline_asm_elementwise(
+                            MULTIPLY,
+                            MULTIPLY_REGISTERS,
+                            [expanded[4 * r], expanded[4 * r + 1], expanded[4 * r + 2], expanded[4 * r + 3], low, high, sums[n * R + r]],
+                            dtype=tl.float32,
                             is_pure=True,
                             pack=4,
                         )
-                        if SCALE == FP32:
-                            factors = factors + (tl.where(j < 2, grouped[u * R + r][0][:, None], grouped[u * R + r][1][:, None]),)
-                        elif SCALE == BF16:
-                            both = grouped[u * R + r][:, None]
-                            factors = factors + (tl.where(j < 2, both << 16, both & -65536).to(tl.float32, bitcast=True),)
-                        else:
-                            both = grouped[u * R + r][:, None]
-                            one = tl.where(j < 2, both, both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-                            factors = factors + (one.to(tl.float32),)
-                for n in tl.static_range(NT):
-                    token = first + n * 8 + g
-                    pointer = x + (token * (blocks * 32) + block * 32 + t * 8)[:, None] + j
-                    if EVEN:
-                        inside = (token < batch)[:, None]
                     else:
-                        inside = ((token < batch) & (block < blocks))[:, None]
-                    low = tl.load(pointer, mask=inside, other=0)
-                    high = tl.load(pointer + 4, mask=inside, other=0)
-                    for r in tl.static_range(R):
-                        if KIND == BYTES:
-                            total = tl.inline_asm_elementwise(
-                                MULTIPLY,
-                                MULTIPLY_REGISTERS,
-                                [expanded[4 * r], expanded[4 * r + 1], expanded[4 * r + 2], expanded[4 * r + 3], low, high, sums[n * R + r]],
-                                dtype=tl.float32,
-                                is_pure=True,
-                                pack=4,
-                            )
-                        else:
-                            part = tl.inline_asm_elementwise(
-                                MULTIPLY,
-                                MULTIPLY_REGISTERS,
-                                [expanded[4 * r], expanded[4 * r + 1], expanded[4 * r + 2], expanded[4 * r + 3], low, high],
-                                dtype=tl.float32,
-                                is_pure=True,
-                                pack=4,
-                            )
-                            total = sums[n * R + r] + part * factors[r]
-                        sums = sums[: n * R + r] + (total,) + sums[n * R + r + 1 :]  # noqa: RUF005
-        for n in tl.static_range(NT):
-            for r in tl.static_range(R):
-                result = tl.sum(tl.reshape(sums[n * R + r], (WM, WK, 32, 4)), axis=1) * inverse
-                lanes = tl.arange(0, 32)[None, :, None]
-                column = tl.arange(0, 4)[None, None, :]
-                row = ((program * WM + tl.arange(0, WM)[:, None, None]) * R + r) * 16 + lanes // 4 + 8 * (column // 2)
-                token = first + n * 8 + lanes % 4 * 2 + column % 2
-                if KIND == BYTES:
-                    result *= tl.load(scales + row // 16 * 16 + row % 8 * 2 + row % 16 // 8, mask=row < rows, other=0).to(tl.float32)
-                if BIAS:
-                    result += tl.load(bias + row, mask=row < rows, other=0).to(tl.float32)
-                tl.store(out + token * rows + row, result.to(out.dtype.element_ty), mask=(token < batch) & (row < rows))
+                        part = tl.inline_asm_elementwise(
+                            MULTIPLY,
+                            MULTIPLY_REGISTERS,
+                            [expanded[4 * r], expanded[4 * r + 1], expanded[4 * r + 2], expanded[4 * r + 3], low, high],
+                            dtype=tl.float32,
+                            is_pure=True,
+                            pack=4,
+                        )
+                        total = sums[n * R + r] + part * factors[r]
+                    sums = sums[: n * R + r] + (total,) + sums[n * R + r + 1 :]
+        if AHEAD:
+            loaded, grouped, offsets = next
+    for n in tl.static_range(NT):
+        for r in tl.static_range(R):
+            result = tl.sum(tl.reshape(sums[n * R + r], (WM, WK, 32, 4)), axis=1) * inverse
+            lanes = tl.arange(0, 32)[None, :, None]
+            column = tl.arange(0, 4)[None, None, :]
+            row = ((tl.program_id(0) * WM + tl.arange(0, WM)[:, None, None]) * R + r) * 16 + lanes // 4 + 8 * (column // 2)
+            token = first + n * 8 + lanes % 4 * 2 + column % 2
+            if KIND == BYTES:
+                result *= tl.load(scales + row // 16 * 16 + row % 8 * 2 + row % 16 // 8, mask=row < rows, other=0).to(tl.float32)
+            if BIAS:
+                result += tl.load(bias + row, mask=row < rows, other=0).to(tl.float32)
+            tl.store(out + token * rows + row, result.to(out.dtype.element_ty), mask=(token < batch) & (row < rows))
 
 
 # Assembly -----------------------------------------------------------------------------------------------------------------------------
@@ -281,12 +327,11 @@ def multiply_assembly(bfloat16: bool, adds: bool) -> tuple[str, str]:
         first = ", ".join(f"${4 + 4 * step + i}" for i in range(4))
         second = f"${20 + 2 * step}, ${21 + 2 * step}"
         total = "$0, $1, $2, $3" if step else ("$28, $29, $30, $31" if adds else "zero, zero, zero, zero")
-        lines.append(
-            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{{first}}}, {{{second}}}, {{{total}}};"
-        )
+        lines.append(f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{{first}}}, {{{second}}}, {{{total}}};")
     return _braced(*lines), ",".join(["=&f"] * 4 + ["r"] * 24 + ["f"] * (4 if adds else 0))
 
 
+FENCE = "bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
 FILL = "st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.u32 $0, $1;"
 
 
