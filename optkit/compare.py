@@ -61,14 +61,14 @@ class Protocol:
 class Comparison:
     """Runs the arms in turns. The first arm is the baseline; its twin A′ is added here.
 
-    :param progress: called with (done, total, text).
+    :param pick_server: gives the server of a round. :param progress: called with (done, total, text).
     """
 
     def __init__(
-        self, server: TrialServer, arms: list[Arm], protocol: Protocol, seed: int = 0,
+        self, pick_server: Callable[[], TrialServer], arms: list[Arm], protocol: Protocol, seed: int = 0,
         progress: Callable[[int, int, str], None] = lambda done, total, text: None,
     ):  # fmt: skip
-        self.server, self.protocol, self.progress = server, protocol, progress
+        self.pick_server, self.protocol, self.progress = pick_server, protocol, progress
         self.arms = arms
         self.twin = Arm(SAME, arms[0].spec)
         self.repeat = 0
@@ -82,12 +82,14 @@ class Comparison:
     def run(self, inspect: Callable[[Arm], None]) -> None:
         """All rounds. ``inspect(arm)`` is called once for each arm, baseline first, while its process lives: evaluate, profile, prove."""
         if not self.protocol.rounds:
+            self.server = self.pick_server()
             for arm in self.arms:
                 self._open(arm)
                 self._inspect(arm, inspect)
                 self._close(arm)
             return
         for number in range(self.protocol.rounds):
+            self.server = self.pick_server()
             order = self.everyone()
             if number % 2:
                 order.reverse()

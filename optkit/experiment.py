@@ -110,7 +110,7 @@ class Experiment:
     # ------------------------------------------------------------ measuring
 
     def _measure(self, record: dict[str, Any] | None) -> dict[str, Any]:
-        from optkit.trial import TrialServer
+        from optkit.servers import Servers
 
         setup = self.setup
         cache = cache_folder(self.request.cache_dir)
@@ -132,15 +132,15 @@ class Experiment:
         timed = record is None
         protocol = self.protocol if timed else compare.Protocol(rounds=0, timeout=self.request.timeout)
         started = time.time()
-        with TrialServer(imports=preloaded(setup), env=environment, log_folder=self.folder / "logs") as server:
-            comparison = compare.Comparison(server, arms, protocol, self.request.seed, self.request.progress)
+        with Servers(preloaded(setup), environment, self.folder / "logs", cpu=setup.machine.device == "cpu") as servers:
+            comparison = compare.Comparison(servers.pick, arms, protocol, self.request.seed, self.request.progress)
             comparison.run(lambda arm: self._inspect(comparison, arm, timed))
         if all(arm.ok for arm in arms):  # logs of a failed trial stay, for whoever looks into it
             shutil.rmtree(self.folder, ignore_errors=True)
         if not timed:
             assert record is not None
             return dict(record)
-        row = self._record(comparison, started)
+        row = self._record(comparison, started) | {"busy_cores": servers.busy}
         self._add_quality(row)
         row = finite(row)
         row["time"] = started

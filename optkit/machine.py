@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,6 +107,23 @@ def detect(*, root: str | Path = "/", environ: Mapping[str, str] = os.environ) -
         gpus_seen=seen,
         gpu_problem=problem,
     )
+
+
+def busy_cores(seconds: float = 0.5, *, root: str | Path = "/") -> float:
+    """How many cores all processes keep busy just now, from the kernel's counters over a moment; 0 where there are none."""
+
+    def counters() -> tuple[int, int] | None:
+        line = (read_text(Path(root) / "proc/stat") or "").partition("\n")[0].split()[1:]
+        values = [int(value) for value in line if value.isdigit()]
+        return (sum(values[:8]), values[3] + values[4]) if len(values) >= 8 else None
+
+    before = counters()
+    time.sleep(seconds)
+    after = counters()
+    if before is None or after is None or after[0] <= before[0]:
+        return 0.0
+    idle = (after[1] - before[1]) / (after[0] - before[0])
+    return (1 - idle) * (os.cpu_count() or 1)
 
 
 def silent_cpu_fallback(machine: Machine, build: TorchBuild | None = None) -> str | None:

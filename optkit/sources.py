@@ -17,7 +17,6 @@ from typing import Any
 from optkit.canonical import digest
 from optkit.errors import UnavailableError, UsageError
 
-
 #: How long the hub may take to say which commit is the newest.
 HUB_TIMEOUT_SECONDS = 10.0
 

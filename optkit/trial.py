@@ -39,7 +39,6 @@ DEFAULT_IMPORTS = ("torch", "transformers.modeling_utils", "transformers.models.
 
 _MARK = "OPTKIT_TRIAL_SERVER"  # in the environment of the server and of all that descends from it
 _ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "passive",  # threads of a trial that waits for its turn must not spin
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking whether there is a GPU must not start CUDA: no fork after that
 }
 

@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from optkit.report.text import megabytes, number, percent, signed
+from optkit.servers import QUIET_CORES
 
 Record = dict[str, Any]
 
@@ -116,6 +117,12 @@ def footnotes(record: Record) -> list[str]:
     if peaks:
         notes.append(
             f"limit: {peaks['read_bandwidth'] / 1e9:,.0f} GB/s read and {peaks['flops'] / 1e12:.3g} TFLOP/s {peaks['dtype']}, measured in this run"
+        )
+    crowded = [busy for busy in record["busy_cores"] if busy > QUIET_CORES]
+    if crowded:
+        notes.append(
+            f"others kept up to {max(crowded):.1f} cores busy in {len(crowded)} of {len(record['busy_cores'])} rounds: threads slept while waiting "
+            "there (OMP_WAIT_POLICY=passive), and times are longer than on a quiet machine"
         )
     quality = record["arms"][0].get("quality", {})
     counts = {name: value["n"] for name, value in quality.items() if "n" in value}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import sys
 from collections.abc import Iterable, Iterator
@@ -57,9 +58,15 @@ def undeclared(names: Iterable[str], module: str, distribution: str, requires: I
     declared = distribution_names(requires) | own | {"optkit"}
     for _ in range(2):  # what optkit requires, and what that requires: numpy comes with torch
         declared |= {name for owner in list(declared) for name in distribution_names(_requires(owner))}
-    owners = importlib.metadata.packages_distributions()
+    owners = owners_of_modules()
     tops = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {module.partition(".")[0]}
     return {top for top in tops if not (normal(owners.get(top, [])) | normal([top])) & declared}
+
+
+@functools.cache
+def owners_of_modules() -> dict[str, list[str]]:
+    """Top-level module -> distributions that bring it; reading them all takes half a second."""
+    return dict(importlib.metadata.packages_distributions())
 
 
 def _requires(distribution: str, *, extras: bool = False) -> list[str]:

@@ -179,7 +179,7 @@ def check_dependency(subject: Subject) -> str:
     needed = imports.distribution_names(technique.requires) - imports.distribution_names(importlib.metadata.requires("optkit") or [])
     if not needed:
         return "it requires nothing beyond optkit"
-    modules = [module for module, owners in importlib.metadata.packages_distributions().items() if imports.normal(owners) & needed]
+    modules = [module for module, owners in imports.owners_of_modules().items() if imports.normal(owners) & needed]
     status, cause, fix = _in_a_process(_WITHOUT, [sys.path, subject.name, sorted(needed), modules])
     if status != "unavailable" or not any(name in cause.lower().replace("_", "-") for name in needed):
         raise CheckFailed(

@@ -101,8 +101,8 @@ class Subject:
             self._known[key] = self.carry_out(self.plan(alone=True), self.source(kind), watch=self.plan().steps)
         return self._known[key]
 
-    def carry_out(self, plan: Plan, source: ModelSource, watch: Any = ()) -> Outcome:
-        """Load, transform, build, batch, generate, score, profile, prove. Errors of the technique come through."""
+    def carry_out(self, plan: Plan, source: ModelSource, watch: Any = (), *, prove: bool = True) -> Outcome:
+        """Load, transform, build, batch, generate, score; to ``prove``, profile and ask for facts. The technique's errors come through."""
         import torch
 
         from optkit.session import Session
@@ -121,6 +121,8 @@ class Subject:
             session.batches(samples)
             tokens = session.engine.generate(rows, new_tokens=NEW_TOKENS, exact=True)
             scores = None if session.engine.cannot_score else session.engine.score(rows, [1] * len(rows))
+            if not prove:
+                return Outcome(session, tokens, scores, {})
             with torch.profiler.profile() as seen:
                 session.engine.generate(rows[:1], new_tokens=2, exact=True)
             session._share(kernels={event.key: event.count for event in seen.key_averages()})

@@ -25,7 +25,9 @@ def two(own_config, tmp_path, monkeypatch):
     monkeypatch.setenv("LOUD", "0")
 
 
-@pytest.mark.parametrize(("listed", "ready"), [("one", {"one"}), ("", set()), (" one , loud ", {"one", "loud"}), ("optkit-fake", {"one", "loud"})])
+@pytest.mark.parametrize(
+    ("listed", "ready"), [("one", {"one"}), ("", set()), (" one , loud ", {"one", "loud"}), ("optkit-fake", {"one", "loud"})]
+)
 def test_only_what_the_variable_names_is_loaded(two, monkeypatch, listed, ready):
     monkeypatch.setenv("OPTKIT_LOAD_PLUGINS", listed)
     found = discover()
@@ -90,7 +92,7 @@ def test_a_plugin_file_takes_the_whole_way_to_a_plan(optkit_run):
     assert json.loads(done.stdout)["steps"][0]["name"] == "tried"
 
 
-SHOWN = '''
+SHOWN = """
 from pydantic import Field
 from optkit import Options, Technique, hookimpl
 class O(Options):
@@ -99,7 +101,7 @@ technique = Technique(name="shown", stage="quantize", summary="to be shown", rol
                       exceptions={"gpt2": "it has no rotary positions"})
 @hookimpl
 def transform_model(model): ...
-'''
+"""
 
 
 def test_info_shows_hooks_options_references_exceptions_and_conflicts(optkit_run):
@@ -117,8 +119,12 @@ def test_info_shows_hooks_options_references_exceptions_and_conflicts(optkit_run
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["info", "flsh"], "did you mean 'flash'"), (["disable", "flsh"], "did you mean 'flash'"), (["enable", "flash"], "is not switched off"),
-        (["check", "flsh"], "did you mean 'flash'"), (["check", "flash", "--set", "int8.mode=x"], "only options of flash"), (["info", "flash", "--format", "xml"], "human or json"),
+        (["info", "flsh"], "did you mean 'flash'"),
+        (["disable", "flsh"], "did you mean 'flash'"),
+        (["enable", "flash"], "is not switched off"),
+        (["check", "flsh"], "did you mean 'flash'"),
+        (["check", "flash", "--set", "int8.mode=x"], "only options of flash"),
+        (["info", "flash", "--format", "xml"], "human or json"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_one_line(optkit_run, arguments, words):

@@ -35,11 +35,15 @@ class Decoder:
         ]
         kind = type(model).__name__
         if len(found) != 1:
-            raise UsageError(f"layerdrop finds {len(found)} lists of {count} decoder layers in {kind} and needs one; leave it out for this model")
+            raise UsageError(
+                f"layerdrop finds {len(found)} lists of {count} decoder layers in {kind} and needs one; leave it out for this model"
+            )
         if getattr(self.config, "scale_attn_by_inverse_layer_idx", False):
             raise UsageError(f"layerdrop: {kind} scales attention by a layer's number, which would change; leave it out for this model")
         self.parent, self.name, self.layers = found[0]
-        self.lists = {name: list(values) for name in A_VALUE_A_LAYER if (values := getattr(self.config, name, None)) and len(values) == count}
+        self.lists = {
+            name: list(values) for name in A_VALUE_A_LAYER if (values := getattr(self.config, name, None)) and len(values) == count
+        }
 
     def __len__(self) -> int:
         return len(self.layers)

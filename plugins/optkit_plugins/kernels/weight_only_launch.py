@@ -1,13 +1,20 @@
-"""Which variant of the kernel runs for which shape, and the launch."""
+"""Which variant of the kernels runs for which shape, and their launches. The tensors are those of ``Packed``."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
-from optkit_plugins.kernels.weight_only_formats import TABLES, TILE_COLUMNS, Packed, lookup_table
+from optkit_plugins.kernels.weight_only_formats import TABLES, TILE_COLUMNS, Packed, labels, lookup_table
+
+#: Activations up to which the product is fused; above, the weight is expanded and cuBLAS multiplies.
+FUSED_BATCH = 64
+#: Row tiles from which the rows alone fill a GPU, and from which they fill it many times over.
+MANY, VERY_MANY = 1024, 4096
 
 
 @dataclass(frozen=True)
@@ -17,46 +24,66 @@ class Variant:
     :ivar pairs: look 4-bit tables up in shared memory, not with byte permutes.
     :ivar column_warps: warps of a program that share the columns. :ivar row_warps: warps that share the rows.
     :ivar row_tiles: tiles of 16 rows a warp. :ivar column_tiles: tiles of 64 columns that a warp loads at once.
-    :ivar ahead: load the next tiles before these are computed.
-    :ivar overlap: begin to load weights while the kernel before still runs (programmatic dependent launch, sm_90).
+    :ivar ahead: steps whose weights are under way while one is computed.
+    :ivar slots: column tiles of activations that wait in shared memory; 0: each warp reads activations itself.
+    :ivar splits: programs that share the columns; their sums are added by a second kernel.
     """
 
     pairs: bool = False
-    column_warps: int = 8
+    column_warps: int = 4
     row_warps: int = 1
     row_tiles: int = 1
     column_tiles: int = 4
-    ahead: bool = True
-    overlap: bool = False
+    ahead: int = 1
+    slots: int = 0
+    splits: int = 1
 
 
-def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, variant: Variant, tokens: int | None = None) -> torch.Tensor:
-    """``x`` (batch, columns) times the weight's transpose, (batch, rows) in x's dtype.
+def choose(format: str, batch: int, row_tiles: int, blocks: int) -> Variant:
+    """The fastest variant measured on an H200 for shapes like this one (benchmarks/weight_kernels.py)."""
+    if batch > 16:
+        if row_tiles >= MANY:
+            return Variant(row_warps=4, column_warps=1, row_tiles=2, column_tiles=1, slots=4)
+        return Variant(row_warps=4, column_warps=1, column_tiles=1, slots=4, splits=4 if blocks >= 32 else 1)
+    table = format in TABLES
+    if batch > 8:
+        if row_tiles >= MANY:
+            return Variant(pairs=table, column_warps=2, row_warps=2, row_tiles=2, column_tiles=2, ahead=0 if table else 1)
+        return Variant(pairs=table)
+    if table:
+        if row_tiles >= VERY_MANY:
+            return Variant(pairs=True, column_warps=1, row_warps=4, row_tiles=2, column_tiles=2)
+        if row_tiles >= MANY:
+            return Variant(pairs=True, column_warps=2, row_warps=2, row_tiles=2, column_tiles=4, ahead=0)
+        return Variant(pairs=True, column_tiles=8, ahead=1 if blocks >= 128 else 0)
+    if format == "int8":
+        return Variant(column_warps=8 if row_tiles < MANY and blocks >= 128 else 4, column_tiles=2 if row_tiles >= VERY_MANY else 4)
+    if row_tiles >= VERY_MANY:
+        return Variant(row_tiles=2, column_tiles=2, ahead=0)
+    return Variant(column_tiles=4 if row_tiles >= MANY else 8)
 
-    :param tokens: activations a program, a multiple of 8.
-    """
+
+def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None, variant: Variant | None = None) -> torch.Tensor:
+    """``x`` (batch, columns), bfloat16 or float16, times the weight's transpose: (batch, rows) in x's dtype. Needs sm_80."""
     from optkit_plugins.kernels import weight_only_triton as kernel
 
-    bfloat16 = x.dtype == torch.bfloat16
-    batch, columns = x.shape
-    rows = packed.shape[0]
-    out = torch.empty(batch, rows, dtype=x.dtype, device=x.device)
-    if packed.format in TABLES:
-        kind = kernel.PAIRS.value if variant.pairs else kernel.PERMUTE.value
-        table, factor = _table(packed.format, x.dtype, variant.pairs, x.device)
-    else:
-        kind = kernel.BYTES.value if packed.format == "int8" else kernel.AFFINE.value
-        table, factor = packed.words, 1.0
-    tokens = tokens or min(64, -(-batch // 8) * 8)
+    batch, rows = x.shape[0], packed.shape[0]
     row_tiles, blocks = packed.words.shape[:2]
-    groups = -(-row_tiles // (variant.row_warps * variant.row_tiles))
-    scale_kind = {torch.bfloat16: kernel.BF16, torch.float16: kernel.FP16, torch.float32: kernel.FP32}[packed.scales.dtype].value
+    variant = variant or choose(packed.format, batch, row_tiles, blocks)
+    bfloat16 = x.dtype == torch.bfloat16
+    kind, table, factor = _kind_and_table(packed, x, variant.pairs)
+    tokens = next(size for size in (8, 16, 32, 64) if size >= min(batch, 64))
+    splits = variant.splits
+    shape = (batch, rows) if splits == 1 else (splits, batch, rows)
+    out = torch.empty(shape, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     expand, expand_registers = kernel.expand_assembly(kind, bfloat16)
     multiply, multiply_registers = kernel.multiply_assembly(bfloat16, kind == kernel.BYTES.value)
-    kernel.product[(groups, -(-batch // tokens))](
+    wide = packed.scales.dtype == torch.float32
+    grid = (-(-row_tiles // (variant.row_warps * variant.row_tiles)), -(-batch // tokens), splits)
+    compiled = kernel.product[grid](
         x.view(torch.int32),
         packed.words,
-        packed.scales if packed.scales.dtype == torch.float32 else packed.scales.view(torch.int32),
+        packed.scales if wide else packed.scales.view(torch.int32),
         packed.zeros.view(torch.int16) if packed.zeros is not None else packed.words,
         table,
         bias if bias is not None else out,
@@ -67,18 +94,18 @@ def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, variant:
         blocks,
         1 / factor,
         KIND=kind,
-        SCALE=scale_kind,
+        SCALE={torch.bfloat16: kernel.BF16, torch.float16: kernel.FP16, torch.float32: kernel.FP32}[packed.scales.dtype].value,
         TILES_A_GROUP=packed.group // TILE_COLUMNS,
         ZEROS=packed.zeros is not None,
-        BIAS=bias is not None,
+        BIAS=bias is not None and splits == 1,
         WK=variant.column_warps,
         WM=variant.row_warps,
         R=variant.row_tiles,
         U=variant.column_tiles,
         NT=tokens // 8,
-        EVEN=blocks % (variant.column_warps * variant.column_tiles) == 0,
-        AHEAD=variant.ahead and blocks > variant.column_warps * variant.column_tiles,
-        WAITS=variant.overlap,
+        EVEN=blocks % (variant.column_warps * variant.column_tiles * splits) == 0,
+        AHEAD=variant.ahead if blocks > variant.column_warps * variant.column_tiles * splits else 0,
+        SLOTS=variant.slots,
         EXPAND=expand,
         EXPAND_REGISTERS=expand_registers,
         MULTIPLY=multiply,
@@ -86,15 +113,92 @@ def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, variant:
         MAGIC=kernel.magic_bits(bfloat16),
         FILL=kernel.FILL,
         FENCE=kernel.FENCE,
+        COPY=kernel.COPY,
+        READ=kernel.READ,
+        READ_REGISTERS=kernel.READ_REGISTERS,
+        SLOT_BYTES=str(variant.slots * tokens * 128),
+        WAIT=kernel.wait_assembly(variant.slots),
         num_warps=variant.column_warps * variant.row_warps,
-        launch_pdl=variant.overlap,
+    )
+    if not _one_row_a_thread(compiled):
+        raise RuntimeError("this Triton lays (threads, 4) tensors out in another way than the fused kernel needs")
+    if splits > 1:
+        out = out.sum(0) if bias is None else out.sum(0) + bias
+    return out.to(x.dtype)
+
+
+def plain_product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The same without assembly, for any dtype and GPU, and under Triton's interpreter."""
+    from optkit_plugins.kernels import weight_only_plain as kernel
+
+    row_tiles, blocks = packed.words.shape[:2]
+    out = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
+    kernel.product[(row_tiles, x.shape[0])](
+        x,
+        *_plain_arguments(packed),
+        bias if bias is not None else out,
+        out,
+        packed.shape[0],
+        blocks,
+        BIAS=bias is not None,
+        **_plain(packed),
     )
     return out
 
 
+def expand(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (rows × columns) on a GPU, in one pass."""
+    from optkit_plugins.kernels import weight_only_plain as kernel
+
+    row_tiles, blocks = packed.words.shape[:2]
+    out = torch.empty(packed.shape, dtype=dtype, device=packed.words.device)
+    kernel.expand[(row_tiles, blocks)](*_plain_arguments(packed), out, packed.shape[0], blocks, **_plain(packed))
+    return out
+
+
+def _plain_arguments(packed: Packed) -> tuple[torch.Tensor, ...]:
+    table = _values(packed.format, packed.words.device) if packed.format in TABLES else packed.words
+    return packed.words, packed.scales, packed.zeros if packed.zeros is not None else packed.words, table
+
+
+def _plain(packed: Packed) -> dict[str, int | bool]:
+    kind = 0 if packed.format in TABLES else 2 if packed.format == "int8" else 1
+    return {"KIND": kind, "TILES_A_GROUP": packed.group // TILE_COLUMNS, "ZEROS": packed.zeros is not None}
+
+
+_checked: dict[int, bool] = {}
+
+
+def _one_row_a_thread(compiled: Any) -> bool:
+    """Whether every assembly over four registers got its thread's own row, as the kernel's arithmetic assumes of Triton's layouts."""
+    key = id(compiled)
+    if key not in _checked:
+        text = compiled.asm["ttgir"]
+        layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*?)\}>", text, re.MULTILINE))
+        used = re.findall(r"packed_element = 4 .*?: tensor<\d+x4x\w+, (#\w+)>", text)
+        _checked[key] = bool(used) and all(
+            layouts.get(name, "").startswith("sizePerThread = [1, 4], threadsPerWarp = [32, 1]") for name in used
+        )
+    return _checked[key]
+
+
+def _kind_and_table(packed: Packed, x: torch.Tensor, pairs: bool) -> tuple[int, torch.Tensor, float]:
+    from optkit_plugins.kernels import weight_only_triton as kernel
+
+    if packed.format not in TABLES:
+        return kernel.BYTES.value if packed.format == "int8" else kernel.AFFINE.value, packed.words, 1.0
+    return kernel.PAIRS.value if pairs else kernel.PERMUTE.value, *_lookup(packed.format, x.dtype, pairs, x.device)
+
+
 @lru_cache
-def _table(format: str, dtype: torch.dtype, pairs: bool, device: torch.device) -> tuple[torch.Tensor, float]:
+def _lookup(format: str, dtype: torch.dtype, pairs: bool, device: torch.device) -> tuple[torch.Tensor, float]:
     """The lookup table on the device: all pairs, or the permutes' eight words, 32 times each (a copy for every lane)."""
     lookup = lookup_table(format, dtype)
-    values = torch.tensor(lookup.pairs if pairs else lookup.words, dtype=torch.int64).to(torch.int32)
-    return (values if pairs else values.repeat_interleave(32)).to(device), lookup.factor
+    words = torch.tensor(lookup.pairs if pairs else lookup.words, dtype=torch.int64).to(torch.int32)
+    return (words if pairs else words.repeat_interleave(32)).to(device), lookup.factor
+
+
+@lru_cache
+def _values(format: str, device: torch.device) -> torch.Tensor:
+    """The 16 values by label, float32."""
+    return torch.tensor([TABLES[format][code] for code in labels(format)], device=device)

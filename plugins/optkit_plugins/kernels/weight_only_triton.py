@@ -29,6 +29,7 @@ def load_tiles(
     first,
     row_tiles,
     blocks,
+    end,
     lane,
     KIND: tl.constexpr,
     SCALE: tl.constexpr,
@@ -55,7 +56,7 @@ def load_tiles(
                 if EVEN:
                     loaded = loaded + (tl.load(pointer), tl.load(pointer + 128))
                 else:
-                    inside = (block < blocks)[:, None]
+                    inside = (block < end)[:, None]
                     loaded = loaded + (tl.load(pointer, mask=inside, other=0), tl.load(pointer + 128, mask=inside, other=0))
             else:
                 pointer = words + (at * 128 + lane * 4)[:, None] + j
@@ -63,8 +64,8 @@ def load_tiles(
                 if EVEN:
                     loaded = loaded + (tl.load(pointer),)
                 else:
-                    loaded = loaded + (tl.load(pointer, mask=(block < blocks)[:, None], other=0),)
-                    group = tl.where(block < blocks, group, 0)
+                    loaded = loaded + (tl.load(pointer, mask=(block < end)[:, None], other=0),)
+                    group = tl.where(block < end, group, 0)
                 if SCALE == FP32:
                     grouped = grouped + (tl.load(scales + group * 2), tl.load(scales + group * 2 + 1))
                 else:
@@ -72,6 +73,39 @@ def load_tiles(
                 if ZEROS:
                     offsets = offsets + (tl.load(zeros + group),)
     return loaded, grouped, offsets
+
+
+@triton.jit
+def load_activations(x, token, block, batch, blocks, end, t, WK: tl.constexpr, U: tl.constexpr, NT: tl.constexpr, EVEN: tl.constexpr):
+    """The second operands of U column tiles by NT tiles of activations, straight from memory.
+
+    Past the batch the last activation is read again: what comes of it is not stored, and nothing has to be set to zero.
+    """
+    j = tl.arange(0, 4)[None, :]
+    activations = ()
+    for u in tl.static_range(U):
+        at = block + u * WK
+        for n in tl.static_range(NT):
+            pointer = x + (tl.minimum(token + n * 8, batch - 1) * (blocks * 32) + at * 32 + t * 4)[:, None] + j
+            if EVEN:
+                activations = activations + (tl.load(pointer), tl.load(pointer + 16))
+            else:
+                inside = (at < end)[:, None]
+                activations = activations + (tl.load(pointer, mask=inside, other=0), tl.load(pointer + 16, mask=inside, other=0))
+    return activations
+
+
+@triton.jit
+def copy_activations(x, slot, thread, first, block, batch, blocks, end, WARPS: tl.constexpr, NT: tl.constexpr, COPY: tl.constexpr):
+    """Start to copy one column tile of NT * 8 activations to shared memory, in the order in which warps read it."""
+    for i in tl.static_range(NT * 64 // (WARPS * 32)):
+        chunk = thread + i * (WARPS * 32)
+        token = first + chunk // 64 * 8 + chunk % 32 // 4
+        inside = (token < batch) & (block < end)
+        source = x + tl.where(inside, token * (blocks * 32) + block * 32 + chunk % 64 // 32 * 16 + chunk % 4 * 4, 0)
+        size = tl.where(inside, 16, 0)
+        tl.inline_asm_elementwise(COPY, "=r,r,l,r", [slot + chunk * 16, source.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise("cp.async.commit_group; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit(do_not_specialize=["batch", "rows", "row_tiles", "blocks", "inverse"])
@@ -99,8 +133,8 @@ def product(
     U: tl.constexpr,  # column tiles that a warp loads at once
     NT: tl.constexpr,  # tiles of 8 activations
     EVEN: tl.constexpr,  # the columns divide into steps without a rest
-    AHEAD: tl.constexpr,  # load the next step's weights before computing this one's
-    WAITS: tl.constexpr,  # launched while the kernel before still runs
+    AHEAD: tl.constexpr,  # steps whose weights are under way while one is computed
+    SLOTS: tl.constexpr,  # column tiles of activations in shared memory; 0: warps read them from memory
     EXPAND: tl.constexpr,
     EXPAND_REGISTERS: tl.constexpr,
     MULTIPLY: tl.constexpr,
@@ -108,6 +142,11 @@ def product(
     MAGIC: tl.constexpr,
     FILL: tl.constexpr,
     FENCE: tl.constexpr,
+    COPY: tl.constexpr,
+    READ: tl.constexpr,
+    SLOT_BYTES: tl.constexpr,
+    WAIT: tl.constexpr,
+    READ_REGISTERS: tl.constexpr,
 ):
     thread = tl.arange(0, WK * WM * 32)
     j = tl.arange(0, 4)[None, :]
@@ -118,14 +157,40 @@ def product(
     g = lane // 4
     t = lane % 4
     first = tl.program_id(1) * (NT * 8)
+    share = tl.cdiv(blocks, tl.num_programs(2))
+    start = tl.program_id(2) * share
+    end = tl.minimum(start + share, blocks)
+    out += tl.program_id(2) * (batch * rows)
     tile = (tl.program_id(0) * WM + wm) * R
     sums = ()
     for _ in tl.static_range(R * NT):
         sums = sums + (tl.zeros((WK * WM * 32, 4), tl.float32),)
-    if AHEAD:
-        loaded, grouped, offsets = load_tiles(
-            words, scales, zeros, tile, wk, row_tiles, blocks, lane, KIND, SCALE, TILES_A_GROUP, ZEROS, WK, R, U, EVEN
+    loaded = ()
+    grouped = ()
+    offsets = ()
+    for ahead in tl.static_range(AHEAD):
+        tiles = load_tiles(
+            words,
+            scales,
+            zeros,
+            tile,
+            start + ahead * (WK * U) + wk,
+            row_tiles,
+            blocks,
+            end,
+            lane,
+            KIND,
+            SCALE,
+            TILES_A_GROUP,
+            ZEROS,
+            WK,
+            R,
+            U,
+            EVEN and ahead == 0,
         )
+        loaded = loaded + tiles[0]
+        grouped = grouped + tiles[1]
+        offsets = offsets + tiles[2]
     if KIND == PERMUTE:
         # every lane has its own copy: what is equal in all lanes is kept in uniform registers and fetched anew for each use
         more = (
@@ -153,23 +218,58 @@ def product(
         base = tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [base + lane * 4], dtype=tl.int32, is_pure=False, pack=1)
         more = (base[:, None],)
 
-    if WAITS:
-        # what came before may still be running until here; it does not write weights
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    for step in range(0, blocks, WK * U):
+    token = first + g
+    if SLOTS:
+        tl.static_assert(WK == 1 and U == 1)
+        shelf = tl.inline_asm_elementwise(
+            "{ .shared .align 128 .b8 activations[" + SLOT_BYTES + "]; mov.u32 $0, activations; }",
+            "=r,r",
+            [rows],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        for slot in tl.static_range(SLOTS - 1):
+            copy_activations(x, shelf + slot * (NT * 1024), thread, first, start + slot, batch, blocks, end, WM, NT, COPY)
+    elif AHEAD:
+        activations = load_activations(x, token, start + wk, batch, blocks, end, t, WK, U, NT, EVEN)
+    for step in range(start, end, WK * U):
+        if SLOTS:
+            tl.inline_asm_elementwise(WAIT, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+            tl.debug_barrier()
+            into = shelf + (step - start + SLOTS - 1) % SLOTS * (NT * 1024)
+            copy_activations(x, into, thread, first, step + SLOTS - 1, batch, blocks, end, WM, NT, COPY)
         if AHEAD:
             next = load_tiles(
-                words, scales, zeros, tile, step + WK * U + wk, row_tiles, blocks, lane, KIND, SCALE, TILES_A_GROUP, ZEROS, WK, R, U, False
+                words,
+                scales,
+                zeros,
+                tile,
+                step + AHEAD * (WK * U) + wk,
+                row_tiles,
+                blocks,
+                end,
+                lane,
+                KIND,
+                SCALE,
+                TILES_A_GROUP,
+                ZEROS,
+                WK,
+                R,
+                U,
+                False,
             )
+            if not SLOTS:
+                more_activations = load_activations(x, token, step + WK * U + wk, batch, blocks, end, t, WK, U, NT, False)
             # without a fence the assembler moves the loads down to where they are used
             tl.inline_asm_elementwise(FENCE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
         else:
             loaded, grouped, offsets = load_tiles(
-                words, scales, zeros, tile, step + wk, row_tiles, blocks, lane, KIND, SCALE, TILES_A_GROUP, ZEROS, WK, R, U, EVEN
+                words, scales, zeros, tile, step + wk, row_tiles, blocks, end, lane, KIND, SCALE, TILES_A_GROUP, ZEROS, WK, R, U, EVEN
             )
+            if not SLOTS:
+                activations = load_activations(x, token, step + wk, batch, blocks, end, t, WK, U, NT, EVEN)
         for u in tl.static_range(U):
-            block = step + u * WK + wk
             expanded = ()
             factors = ()
             for r in tl.static_range(R):
@@ -206,14 +306,14 @@ def product(
                         one = tl.where(j < 2, both, both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
                         factors = factors + (one.to(tl.float32),)
             for n in tl.static_range(NT):
-                token = first + n * 8 + g
-                pointer = x + (token * (blocks * 32) + block * 32 + t * 4)[:, None] + j
-                if EVEN:
-                    inside = (token < batch)[:, None]
+                if SLOTS:
+                    at = shelf + (step - start) % SLOTS * (NT * 1024) + n * 1024 + lane * 16
+                    low, high = tl.inline_asm_elementwise(
+                        READ, READ_REGISTERS, [at[:, None] + tl.zeros_like(j)], dtype=(tl.int32, tl.int32), is_pure=False, pack=4
+                    )
                 else:
-                    inside = ((token < batch) & (block < blocks))[:, None]
-                low = tl.load(pointer, mask=inside, other=0)
-                high = tl.load(pointer + 16, mask=inside, other=0)
+                    low = activations[2 * (u * NT + n)]
+                    high = activations[2 * (u * NT + n) + 1]
                 for r in tl.static_range(R):
                     if KIND == BYTES:
                         total = tl.inline_asm_elementwise(
@@ -236,19 +336,23 @@ def product(
                         total = sums[n * R + r] + part * factors[r]
                     sums = sums[: n * R + r] + (total,) + sums[n * R + r + 1 :]
         if AHEAD:
-            loaded, grouped, offsets = next
+            loaded = loaded[U * R * (2 if KIND == BYTES else 1) :] + next[0]
+            grouped = grouped[(0 if KIND == BYTES else U * R * (2 if SCALE == FP32 else 1)) :] + next[1]
+            offsets = offsets[(U * R if ZEROS else 0) :] + next[2]
+            if not SLOTS:
+                activations = more_activations
     for n in tl.static_range(NT):
         for r in tl.static_range(R):
             result = tl.sum(tl.reshape(sums[n * R + r], (WM, WK, 32, 4)), axis=1) * inverse
             lanes = tl.arange(0, 32)[None, :, None]
             column = tl.arange(0, 4)[None, None, :]
             row = ((tl.program_id(0) * WM + tl.arange(0, WM)[:, None, None]) * R + r) * 16 + lanes // 4 + 8 * (column // 2)
-            token = first + n * 8 + lanes % 4 * 2 + column % 2
+            token_out = first + n * 8 + lanes % 4 * 2 + column % 2
             if KIND == BYTES:
                 result *= tl.load(scales + row // 16 * 16 + row % 8 * 2 + row % 16 // 8, mask=row < rows, other=0).to(tl.float32)
             if BIAS:
                 result += tl.load(bias + row, mask=row < rows, other=0).to(tl.float32)
-            tl.store(out + token * rows + row, result.to(out.dtype.element_ty), mask=(token < batch) & (row < rows))
+            tl.store(out + token_out * rows + row, result.to(out.dtype.element_ty), mask=(token_out < batch) & (row < rows))
 
 
 # Assembly -----------------------------------------------------------------------------------------------------------------------------
@@ -333,6 +437,14 @@ def multiply_assembly(bfloat16: bool, adds: bool) -> tuple[str, str]:
 
 FENCE = "bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
 FILL = "st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.u32 $0, $1;"
+COPY = "cp.async.cg.shared.global [$1], [$2], 16, $3; mov.u32 $0, 0;"
+READ = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$8]; ld.shared.v4.b32 {$4, $5, $6, $7}, [$8 + 512];"
+READ_REGISTERS = ",".join(["=&r"] * 8 + ["r"] * 4)
+
+
+def wait_assembly(slots: int) -> str:
+    """Until the oldest of the copies under way has arrived."""
+    return f"cp.async.wait_group {max(slots - 2, 0)}; mov.u32 $0, 0;"
 
 
 def magic_bits(bfloat16: bool) -> int:

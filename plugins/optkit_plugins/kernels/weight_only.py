@@ -1,0 +1,167 @@
+"""Linear layers whose weights stay packed in 4 or 8 bits: ``pack``, ``WeightOnlyLinear``, ``fuse``.
+
+Decoding few sequences reads every weight once a token and does little else, so bytes are time. The layer multiplies packed weights
+directly up to 64 activations (``weight_only_triton``) and expands the weight for more. Formats: ``nf4`` and ``fp4`` (bitsandbytes' values
+and blocks), ``int4`` (groups with scale and zero, as GPTQ and AWQ store them), ``int8`` (one scale a row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from optkit_plugins.kernels import weight_only_formats as formats
+from optkit_plugins.kernels.weight_only_formats import FORMATS, Packed, dequantize, pack, pack_nf4, why_not
+
+__all__ = ["FORMATS", "Packed", "WeightOnlyLinear", "dequantize", "fuse", "pack", "pack_nf4", "weight_only_linear", "why_not"]
+
+#: First compute capability with ``mma.m16n8k16``, bfloat16 and ``cp.async``.
+FAST_CAPABILITY = (8, 0)
+
+
+@torch.library.custom_op("optkit::weight_only_linear", mutates_args=())
+def weight_only_linear(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    format: str,
+    rows: int,
+    group: int,
+) -> torch.Tensor:
+    """``x`` (…, columns) times the packed weight's transpose plus bias: (…, rows) in x's dtype. Opaque to ``torch.compile``."""
+    packed = Packed(format, (rows, x.shape[-1]), group, words, scales, zeros)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    return _multiply(flat, packed, bias).reshape(*x.shape[:-1], rows)
+
+
+@weight_only_linear.register_fake
+def _(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    format: str,
+    rows: int,
+    group: int,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+    if x.shape[0] == 0:
+        return x.new_empty(0, packed.shape[0])
+    if x.is_cuda and has_triton():
+        from optkit_plugins.kernels import weight_only_launch as launch
+
+        bias = bias if bias is None else bias.to(x.dtype)
+        if x.shape[0] <= launch.FUSED_BATCH and fast(x, packed):
+            return launch.product(x if x.data_ptr() % 16 == 0 else x.clone(), packed, bias)
+        return nn.functional.linear(x, launch.expand(packed, x.dtype), bias)
+    weight = dequantize(packed, x.dtype)
+    return nn.functional.linear(x, weight, bias if bias is None else bias.to(x.dtype))
+
+
+def has_triton() -> bool:
+    from torch.utils._triton import has_triton as found
+
+    return bool(found())
+
+
+def fast(x: torch.Tensor, packed: Packed) -> bool:
+    """Whether the fused kernel takes activations like these: 16 bits, on an NVIDIA GPU from sm_80 on."""
+    return (
+        x.dtype in (torch.bfloat16, torch.float16)
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(x.device) >= FAST_CAPABILITY
+        and packed.words.data_ptr() % 16 == 0
+    )
+
+
+class WeightOnlyLinear(nn.Module):
+    """A linear layer with a packed weight: saved, moved and copied like any module, without a gradient for its weight.
+
+    Buffers: ``words``, ``scales``, ``zeros`` (``int4`` with zeros) as in ``Packed``; ``bias`` is a frozen parameter.
+    """
+
+    zeros: torch.Tensor | None
+
+    def __init__(self, packed: Packed, bias: torch.Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = packed.shape
+        self.format, self.group = packed.format, packed.group
+        self.register_buffer("words", packed.words)
+        self.register_buffer("scales", packed.scales)
+        self.register_buffer("zeros", packed.zeros)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, format: str = "nf4", group_size: int | None = None) -> WeightOnlyLinear:
+        """:raises ValueError: where the shape does not fit (``why_not`` tells beforehand)."""
+        return cls(pack(linear.weight, format, group_size), linear.bias)
+
+    @classmethod
+    def from_bitsandbytes(cls, linear: Any) -> WeightOnlyLinear:
+        """From a quantized ``Linear4bit``: the same values, from its own bytes."""
+        state = linear.weight.quant_state
+        absmax = state.absmax
+        if state.nested:
+            from bitsandbytes.functional import dequantize_blockwise
+
+            absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        shape = (state.shape[0], state.shape[1])
+        packed = formats.pack_bitsandbytes(linear.weight.data, absmax, shape, state.quant_type, state.blocksize)
+        return cls(packed, linear.bias)
+
+    @property
+    def packed(self) -> Packed:
+        return Packed(self.format, (self.out_features, self.in_features), self.group, self.words, self.scales, self.zeros)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return weight_only_linear(x, self.words, self.scales, self.zeros, self.bias, self.format, self.out_features, self.group)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight that the layer multiplies with, (out_features, in_features)."""
+        return dequantize(self.packed, dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> WeightOnlyLinear:
+        """Move, but never cast the scales: ``model.half()`` must not round them."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}, group={self.group}"
+
+
+def fuse(layers: Sequence[WeightOnlyLinear]) -> WeightOnlyLinear:
+    """One layer that computes several on the same input (query, key and value; gate and up): outputs side by side.
+
+    :raises ValueError: where formats, groups or widths differ, or a layer's rows are no multiple of 16.
+    """
+    first = layers[0]
+    for layer in layers:
+        if (layer.format, layer.group, layer.in_features) != (first.format, first.group, first.in_features):
+            raise ValueError(f"cannot fuse {layer.extra_repr()} with {first.extra_repr()}")
+        if layer.out_features % formats.TILE_ROWS:
+            raise ValueError(f"cannot fuse a layer of {layer.out_features} rows: no multiple of {formats.TILE_ROWS}")
+        if (layer.bias is None, layer.zeros is None) != (first.bias is None, first.zeros is None):
+            raise ValueError("cannot fuse layers of which only some have a bias or zeros")
+    scales = torch.cat([layer.scales.float() for layer in layers]) if len({p.scales.dtype for p in layers}) > 1 else None
+    zeros = None if first.zeros is None else torch.cat([layer.zeros for layer in layers if layer.zeros is not None])
+    packed = Packed(
+        first.format,
+        (sum(layer.out_features for layer in layers), first.in_features),
+        first.group,
+        torch.cat([layer.words for layer in layers]),
+        torch.cat([layer.scales for layer in layers]) if scales is None else scales,
+        zeros,
+    )
+    return WeightOnlyLinear(packed, None if first.bias is None else torch.cat([layer.bias for layer in layers if layer.bias is not None]))
