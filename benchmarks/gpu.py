@@ -20,6 +20,7 @@ from optkit.errors import OptkitError
 from optkit.report.rows import speed_up_cell
 
 ONE_BY_ONE = ["flash", "compile", "nf4", "fp4", "int8", "gqa", "precision", "kv-cache", "sampling", "prune", "batching", "cache", "offload", "onnx"]
+TOGETHER = ["precision", "gqa", "prune", "kv-cache", "sampling", "batching", "cache", "offload"]
 OPTIONS = {
     "kv-cache": {"kv-cache.kind": "static"},
     "sampling": {"sampling.repetition_penalty": 1.2},
@@ -30,11 +31,13 @@ OPTIONS = {
 
 def cases(names: list[str], config: str) -> list[tuple[str, dict[str, Any]]]:
     """Name and request of each case."""
-    large = {"model": f"random:{config}", "samples": "random:8x128", "repeats": 2, "set": {"generate.max_new_tokens": 128, "batch.size": 1}}
+    large = {"model": f"random:{config}", "samples": "random:8x128", "repeats": 2, "set": {"generate.max_new_tokens": 64, "batch.size": 1}}
     table: dict[str, list[tuple[str, dict[str, Any]]]] = {
         "small": [
             (name, {"plugins": [name], "repeats": 1, "limit": 64, "set": {"batch.size": 16} | OPTIONS.get(name, {})}) for name in ONE_BY_ONE
         ],
+        "together": [("together", {"plugins": TOGETHER, "each": True, "repeats": 1, "limit": 16,
+                                   "set": {"batch.size": 16} | {key: value for name in TOGETHER for key, value in OPTIONS.get(name, {}).items()}})],
         "8b": [("8b, batch 1", large | {"plugins": ["flash", "compile", "nf4"], "each": True})],
         "8b-int8": [("8b int8, batch 1", large | {"plugins": ["int8", "compile"], "each": True})],
         "8b-64": [("8b, batch 64", large | {"plugins": ["compile", "nf4"], "each": True, "samples": "random:64x128",

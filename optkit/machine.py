@@ -109,6 +109,10 @@ def detect(*, root: str | Path = "/", environ: Mapping[str, str] = os.environ) -
     )
 
 
+#: Cores that other processes may keep busy on a machine that counts as quiet.
+QUIET_CORES = 0.5
+
+
 def busy_cores(seconds: float = 0.5, *, root: str | Path = "/") -> float:
     """How many cores all processes keep busy just now, from the kernel's counters over a moment; 0 where there are none."""
 

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from optkit.machine import busy_cores
+from optkit.machine import QUIET_CORES, busy_cores
 from optkit.trial import TrialServer
-
-#: Cores that other processes may keep busy in a quiet round.
-QUIET_CORES = 0.5
 
 
 class Servers:

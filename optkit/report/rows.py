@@ -5,8 +5,8 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
+from optkit.machine import QUIET_CORES
 from optkit.report.text import megabytes, number, percent, signed
-from optkit.servers import QUIET_CORES
 
 Record = dict[str, Any]
 
