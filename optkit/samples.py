@@ -35,7 +35,8 @@ class Sample:
 
     @property
     def digest(self) -> str:
-        return digest([self.prompt, self.answer, self.text, self.messages])
+        drawn = self.id if self.extra else None  # random tokens are drawn from the id
+        return digest([self.prompt, self.answer, self.text, self.messages, self.extra, drawn])
 
     @property
     def start(self) -> int:

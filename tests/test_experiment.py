@@ -175,8 +175,18 @@ def test_prompts_without_answers_get_agreement_and_divergence(model_folder, tmp_
                 set={"precision.dtype": "bfloat16", "generate.max_new_tokens": 6})
     )  # fmt: skip
     quality = arm(record, "precision")["quality"]
-    assert quality["agreement"]["n"] == 6 and 0 <= quality["kl"]["value"] < 1
+    assert quality["agreement"]["n"] == 6 and 1e-6 < quality["kl"]["value"] < 0.1
     assert "exact_match" not in quality and arm(record, "precision")["loaded"]["dtype"] == "bfloat16"
+
+
+def test_the_untouched_model_does_not_diverge_from_itself(model_folder, monkeypatch, tmp_path):
+    install(monkeypatch, tmp_path / "site", {"idle": plugin("idle")})
+    record = execute(
+        Request(model=str(model_folder), samples="random:6x5", plugins=["idle"], profile="cpu", repeats=1, set={"generate.max_new_tokens": 6})
+    )
+    quality = arm(record, "idle")["quality"]
+    assert quality["kl"]["value"] < 1e-6 and quality["agreement"]["value"] == 1
+    assert arm(record, "idle")["proof"]["idle"]["verdict"] == "no effect"
 
 
 def test_a_plugins_own_metric_is_shown_and_a_name_given_twice_is_refused(model_folder, samples, monkeypatch, tmp_path):

@@ -105,6 +105,7 @@ def test_one_long_paragraph_stays_whole():
 def test_random_samples_and_wrong_shapes():
     samples = sample_set("random:3x7", model_source(None)).samples
     assert [sample.extra for sample in samples] == [{"random_tokens": 7}] * 3
+    assert len({sample.digest for sample in samples}) == 3
     for shape in ("random:", "random:0x4", "random:4", "random:axb"):
         with pytest.raises(UsageError, match="COUNTxTOKENS"):
             sample_set(shape, model_source(None))

@@ -43,7 +43,7 @@ technique = Technique(
     tasks=frozenset({"score", "generate"}),
     options=BatchingOptions,
     paper="https://arxiv.org/abs/2107.02027",
-    tested_on=("cpu",),
+    tested_on=("cpu", "NVIDIA H200"),
 )
 
 

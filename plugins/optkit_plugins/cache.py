@@ -35,7 +35,7 @@ technique = Technique(
     refuses=frozenset({"random-output"}),
     tasks=frozenset({"score", "generate"}),
     options=CacheOptions,
-    tested_on=("cpu",),
+    tested_on=("cpu", "NVIDIA H200"),
 )
 
 

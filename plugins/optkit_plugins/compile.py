@@ -58,7 +58,7 @@ technique = Technique(
     tasks=frozenset({"score", "generate"}),
     options=CompileOptions,
     paper="https://doi.org/10.1145/3620665.3640366",
-    tested_on=("cpu",),
+    tested_on=("cpu", "NVIDIA H200"),
 )
 
 

@@ -56,7 +56,7 @@ technique = Technique(
     tasks=frozenset({"score", "generate", "train"}),
     options=FlashOptions,
     paper="https://arxiv.org/abs/2307.08691",
-    tested_on=("cpu",),
+    tested_on=("cpu", "NVIDIA H200"),
 )
 
 

@@ -29,7 +29,7 @@ technique = Technique(
     preload=("bitsandbytes",),
     options=_bitsandbytes.FourBitOptions,
     paper="https://arxiv.org/abs/2305.14314",
-    tested_on=("cpu",),
+    tested_on=("cpu", "NVIDIA H200"),
 )
 
 

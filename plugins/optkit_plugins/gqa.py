@@ -48,7 +48,7 @@ technique = Technique(
     lossy=True,
     options=GqaOptions,
     paper="https://arxiv.org/abs/2305.13245",
-    tested_on=("cpu",),
+    tested_on=("cpu", "NVIDIA H200"),
 )
 
 

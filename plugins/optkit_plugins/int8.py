@@ -55,7 +55,7 @@ technique = Technique(
     preload=("torchao.quantization",),
     options=Int8Options,
     paper="https://arxiv.org/abs/2208.07339",
-    tested_on=("cpu",),
+    tested_on=("cpu", "NVIDIA H200"),
 )
 
 

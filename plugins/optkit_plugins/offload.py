@@ -46,7 +46,7 @@ technique = Technique(
     tasks=frozenset({"score", "generate"}),
     options=OffloadOptions,
     paper="https://arxiv.org/abs/2303.06865",
-    tested_on=("cpu",),
+    tested_on=("cpu", "NVIDIA H200"),
 )
 
 

@@ -37,7 +37,7 @@ technique = Technique(
     lossy=True,
     options=PrecisionOptions,
     paper="https://arxiv.org/abs/1905.12322",
-    tested_on=("cpu",),
+    tested_on=("cpu", "NVIDIA H200"),
 )
 
 

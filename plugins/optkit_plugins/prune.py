@@ -46,7 +46,7 @@ technique = Technique(
     lossy=True,
     options=PruneOptions,
     paper="https://arxiv.org/abs/2306.11695",
-    tested_on=("cpu",),
+    tested_on=("cpu", "NVIDIA H200"),
 )
 
 #: (first layers, whose outputs are the channels; last layer) of the MLPs of transformers' models, fused gate and up among them.

@@ -52,7 +52,7 @@ technique = Technique(
     lossy=True,
     options=SamplingOptions,
     paper="https://arxiv.org/abs/1904.09751",
-    tested_on=("cpu",),
+    tested_on=("cpu", "NVIDIA H200"),
 )
 
 

@@ -7,6 +7,7 @@ and blocks), ``int4`` (groups with scale and zero, as GPTQ and AWQ store them), 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,12 @@ def _multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> tor
 
         bias = bias if bias is None else bias.to(x.dtype)
         if x.shape[0] <= launch.FUSED_BATCH and fast(x, packed):
-            return launch.product(x if x.data_ptr() % 16 == 0 else x.clone(), packed, bias)
+            try:
+                return launch.product(x if x.data_ptr() % 16 == 0 else x.clone(), packed, bias)
+            except launch.LayoutError as error:
+                warnings.warn(f"{error}; packed weights are expanded for every product instead, which is slow", stacklevel=2)
+        elif x.shape[0] == 1:
+            return launch.plain_product(x, packed, bias)
         return nn.functional.linear(x, launch.expand(packed, x.dtype), bias)
     weight = dequantize(packed, x.dtype)
     return nn.functional.linear(x, weight, bias if bias is None else bias.to(x.dtype))
@@ -89,6 +95,8 @@ class WeightOnlyLinear(nn.Module):
     Buffers: ``words``, ``scales``, ``zeros`` (``int4`` with zeros) as in ``Packed``; ``bias`` is a frozen parameter.
     """
 
+    words: torch.Tensor
+    scales: torch.Tensor
     zeros: torch.Tensor | None
 
     def __init__(self, packed: Packed, bias: torch.Tensor | None = None):

@@ -17,6 +17,10 @@ FUSED_BATCH = 64
 MANY, VERY_MANY = 1024, 4096
 
 
+class LayoutError(RuntimeError):
+    """Triton gave threads other registers than the kernel's assembly relies on."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to cut the work.
@@ -64,67 +68,71 @@ def choose(format: str, batch: int, row_tiles: int, blocks: int) -> Variant:
 
 
 def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None, variant: Variant | None = None) -> torch.Tensor:
-    """``x`` (batch, columns), bfloat16 or float16, times the weight's transpose: (batch, rows) in x's dtype. Needs sm_80."""
+    """``x`` (batch, columns), bfloat16 or float16, times the weight's transpose: (batch, rows) in x's dtype. Needs sm_80.
+
+    :raises LayoutError: where this Triton would compute something else.
+    """
+    from optkit_plugins.kernels import weight_only_triton as kernel
+
+    row_tiles, blocks = packed.words.shape[:2]
+    variant = variant or choose(packed.format, x.shape[0], row_tiles, blocks)
+    values, constants, warps = arguments(x, packed, bias, variant)
+    groups = -(-row_tiles // (variant.row_warps * variant.row_tiles))
+    compiled = kernel.product[(groups, -(-x.shape[0] // (constants["NT"] * 8)), variant.splits)](*values, **constants, num_warps=warps)
+    if not one_row_a_thread(compiled):
+        raise LayoutError("this Triton lays (threads, 4) tensors out in another way than the fused kernel needs")
+    out: torch.Tensor = values[kernel.product.arg_names.index("out")]
+    if variant.splits > 1:
+        out = out.sum(0) if bias is None else out.sum(0) + bias
+    return out.to(x.dtype)
+
+
+def arguments(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, variant: Variant) -> tuple[list[Any], dict[str, Any], int]:
+    """The kernel's arguments in order, its constants, and the number of warps. The output is allocated here."""
     from optkit_plugins.kernels import weight_only_triton as kernel
 
     batch, rows = x.shape[0], packed.shape[0]
     row_tiles, blocks = packed.words.shape[:2]
-    variant = variant or choose(packed.format, batch, row_tiles, blocks)
     bfloat16 = x.dtype == torch.bfloat16
     kind, table, factor = _kind_and_table(packed, x, variant.pairs)
     tokens = next(size for size in (8, 16, 32, 64) if size >= min(batch, 64))
     splits = variant.splits
     shape = (batch, rows) if splits == 1 else (splits, batch, rows)
     out = torch.empty(shape, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
+    scales = packed.scales if packed.scales.dtype == torch.float32 else packed.scales.view(torch.int32)
+    zeros = packed.words if packed.zeros is None else packed.zeros.view(torch.int16)
+    values = [x.view(torch.int32), packed.words, scales, zeros, table, out if bias is None else bias, out]
+    steps = variant.column_warps * variant.column_tiles * splits
     expand, expand_registers = kernel.expand_assembly(kind, bfloat16)
     multiply, multiply_registers = kernel.multiply_assembly(bfloat16, kind == kernel.BYTES.value)
-    wide = packed.scales.dtype == torch.float32
-    grid = (-(-row_tiles // (variant.row_warps * variant.row_tiles)), -(-batch // tokens), splits)
-    compiled = kernel.product[grid](
-        x.view(torch.int32),
-        packed.words,
-        packed.scales if wide else packed.scales.view(torch.int32),
-        packed.zeros.view(torch.int16) if packed.zeros is not None else packed.words,
-        table,
-        bias if bias is not None else out,
-        out,
-        batch,
-        rows,
-        row_tiles,
-        blocks,
-        1 / factor,
-        KIND=kind,
-        SCALE={torch.bfloat16: kernel.BF16, torch.float16: kernel.FP16, torch.float32: kernel.FP32}[packed.scales.dtype].value,
-        TILES_A_GROUP=packed.group // TILE_COLUMNS,
-        ZEROS=packed.zeros is not None,
-        BIAS=bias is not None and splits == 1,
-        WK=variant.column_warps,
-        WM=variant.row_warps,
-        R=variant.row_tiles,
-        U=variant.column_tiles,
-        NT=tokens // 8,
-        EVEN=blocks % (variant.column_warps * variant.column_tiles * splits) == 0,
-        AHEAD=variant.ahead if blocks > variant.column_warps * variant.column_tiles * splits else 0,
-        SLOTS=variant.slots,
-        EXPAND=expand,
-        EXPAND_REGISTERS=expand_registers,
-        MULTIPLY=multiply,
-        MULTIPLY_REGISTERS=multiply_registers,
-        MAGIC=kernel.magic_bits(bfloat16),
-        FILL=kernel.FILL,
-        FENCE=kernel.FENCE,
-        COPY=kernel.COPY,
-        READ=kernel.READ,
-        READ_REGISTERS=kernel.READ_REGISTERS,
-        SLOT_BYTES=str(variant.slots * tokens * 128),
-        WAIT=kernel.wait_assembly(variant.slots),
-        num_warps=variant.column_warps * variant.row_warps,
-    )
-    if not _one_row_a_thread(compiled):
-        raise RuntimeError("this Triton lays (threads, 4) tensors out in another way than the fused kernel needs")
-    if splits > 1:
-        out = out.sum(0) if bias is None else out.sum(0) + bias
-    return out.to(x.dtype)
+    constants = {
+        "KIND": kind,
+        "SCALE": {torch.bfloat16: kernel.BF16, torch.float16: kernel.FP16, torch.float32: kernel.FP32}[packed.scales.dtype].value,
+        "TILES_A_GROUP": packed.group // TILE_COLUMNS,
+        "ZEROS": packed.zeros is not None,
+        "BIAS": bias is not None and splits == 1,
+        "WK": variant.column_warps,
+        "WM": variant.row_warps,
+        "R": variant.row_tiles,
+        "U": variant.column_tiles,
+        "NT": tokens // 8,
+        "EVEN": blocks % steps == 0,
+        "AHEAD": variant.ahead if blocks > steps else 0,
+        "SLOTS": variant.slots,
+        "EXPAND": expand,
+        "EXPAND_REGISTERS": expand_registers,
+        "MULTIPLY": multiply,
+        "MULTIPLY_REGISTERS": multiply_registers,
+        "MAGIC": kernel.magic_bits(bfloat16),
+        "FILL": kernel.FILL,
+        "FENCE": kernel.FENCE,
+        "COPY": kernel.COPY,
+        "READ": kernel.READ,
+        "READ_REGISTERS": kernel.READ_REGISTERS,
+        "SLOT_BYTES": str(variant.slots * tokens * 128),
+        "WAIT": kernel.wait_assembly(variant.slots),
+    }
+    return [*values, batch, rows, row_tiles, blocks, 1 / factor], constants, variant.column_warps * variant.row_warps
 
 
 def plain_product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -169,7 +177,7 @@ def _plain(packed: Packed) -> dict[str, int | bool]:
 _checked: dict[int, bool] = {}
 
 
-def _one_row_a_thread(compiled: Any) -> bool:
+def one_row_a_thread(compiled: Any) -> bool:
     """Whether every assembly over four registers got its thread's own row, as the kernel's arithmetic assumes of Triton's layouts."""
     key = id(compiled)
     if key not in _checked:

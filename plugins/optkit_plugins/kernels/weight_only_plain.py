@@ -3,6 +3,9 @@
 The twin of ``weight_only_triton``: one element at a time, by the layout's definition.
 """
 
+# Triton reads the kernels' own annotations.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import triton
@@ -41,7 +44,9 @@ def tile(words, scales, zeros, table, row_tile, block, blocks, KIND: tl.constexp
 
 
 @triton.jit
-def expand(words, scales, zeros, table, out, rows, blocks, KIND: tl.constexpr, TILES_A_GROUP: tl.constexpr, ZEROS: tl.constexpr):
+def expand(
+    words, scales, zeros, table, out, rows, blocks: tl.constexpr, KIND: tl.constexpr, TILES_A_GROUP: tl.constexpr, ZEROS: tl.constexpr
+):
     """The weight, (rows, columns). One program a tile."""
     row_tile = tl.program_id(0)
     block = tl.program_id(1)
@@ -61,7 +66,7 @@ def product(
     bias,
     out,
     rows,
-    blocks,
+    blocks: tl.constexpr,  # the interpreter of Triton 3.6 does not loop to a run-time bound under numpy 2.4
     KIND: tl.constexpr,
     TILES_A_GROUP: tl.constexpr,
     ZEROS: tl.constexpr,

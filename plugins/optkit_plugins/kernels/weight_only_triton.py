@@ -9,6 +9,9 @@ thread's own four registers. 4-bit tables are looked up with byte permutes in re
 bank of shared memory has for itself.
 """
 
+# Triton reads the kernels' own annotations.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from functools import lru_cache
@@ -165,9 +168,10 @@ def product(
     sums = ()
     for _ in tl.static_range(R * NT):
         sums = sums + (tl.zeros((WK * WM * 32, 4), tl.float32),)
-    loaded = ()
-    grouped = ()
-    offsets = ()
+    if AHEAD:
+        loaded = ()
+        grouped = ()
+        offsets = ()
     for ahead in tl.static_range(AHEAD):
         tiles = load_tiles(
             words,
@@ -309,7 +313,7 @@ def product(
                 if SLOTS:
                     at = shelf + (step - start) % SLOTS * (NT * 1024) + n * 1024 + lane * 16
                     low, high = tl.inline_asm_elementwise(
-                        READ, READ_REGISTERS, [at[:, None] + tl.zeros_like(j)], dtype=(tl.int32, tl.int32), is_pure=False, pack=4
+                        READ, READ_REGISTERS, [at[:, None], loaded[0]], dtype=(tl.int32, tl.int32), is_pure=False, pack=4
                     )
                 else:
                     low = activations[2 * (u * NT + n)]
@@ -439,7 +443,7 @@ FENCE = "bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
 FILL = "st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.u32 $0, $1;"
 COPY = "cp.async.cg.shared.global [$1], [$2], 16, $3; mov.u32 $0, 0;"
 READ = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$8]; ld.shared.v4.b32 {$4, $5, $6, $7}, [$8 + 512];"
-READ_REGISTERS = ",".join(["=&r"] * 8 + ["r"] * 4)
+READ_REGISTERS = ",".join(["=&r"] * 8 + ["r"] * 8)  # weights are passed along for their layout alone
 
 
 def wait_assembly(slots: int) -> str:

@@ -1,0 +1,294 @@
+"""Packed weights: their values, their layout, both kernels' arithmetic, and the layer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from optkit_plugins.kernels import weight_only_formats as formats
+from optkit_plugins.kernels.weight_only import FORMATS, WeightOnlyLinear, fuse, pack, weight_only_linear, why_not
+from optkit_plugins.kernels.weight_only_convert import use_fused_kernels
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(40, 192, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+
+# Values -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_bitsandbytes_layers_keep_their_values(weight: torch.Tensor, format: str, double_quant: bool) -> None:
+    pytest.importorskip("bitsandbytes")
+    from optkit_plugins._bitsandbytes import load_bitsandbytes
+
+    bnb = load_bitsandbytes()
+    layer = bnb.nn.Linear4bit(192, 40, bias=False, quant_type=format)
+    layer.weight = bnb.nn.Params4bit(weight.float(), quant_type=format, blocksize=64, compress_statistics=double_quant, module=layer).to(
+        "cpu"
+    )
+    state = layer.weight.quant_state
+    expected = bnb.functional.dequantize_4bit(layer.weight.data, state)
+    assert torch.equal(WeightOnlyLinear.from_bitsandbytes(layer).dequantize(), expected)
+
+
+def test_nf4_takes_the_nearest_of_its_values_times_absmax(weight: torch.Tensor) -> None:
+    blocks = weight.double().reshape(-1, 64)
+    values = torch.tensor(formats.TABLES["nf4"], dtype=torch.float64)
+    absmax = blocks.abs().amax(1, keepdim=True)
+    nearest = values[((blocks / absmax)[..., None] - values).abs().argmin(-1)] * absmax
+    torch.testing.assert_close(formats.dequantize(pack(weight, "nf4"), torch.float64), nearest.reshape(40, 192), rtol=1e-6, atol=0)
+
+
+def test_int4_stays_within_half_a_step(weight: torch.Tensor) -> None:
+    packed = pack(weight, "int4")
+    groups = weight.double().reshape(40, -1, 64)
+    step = (groups.amax(-1) - groups.amin(-1)) / 15
+    error = (formats.dequantize(packed, torch.float64) - weight.double()).abs().reshape(40, -1, 64)
+    assert (error <= step[..., None] * 1.02).all()  # half for the value, half for the zero
+    assert error.mean() < step.mean() / 3
+
+
+def test_int4_codes_mean_what_gptq_means() -> None:
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 16, (32, 128), dtype=torch.uint8, generator=generator)
+    zeros = torch.randint(0, 16, (32, 2), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(32, 2, generator=generator).half()
+    expected = (codes.double() - zeros.double().repeat_interleave(64, 1)) * scales.double().repeat_interleave(64, 1)
+    assert torch.equal(formats.dequantize(formats.pack_int4_codes(codes, scales, zeros, 64), torch.float64), expected)
+    symmetric = formats.dequantize(formats.pack_int4_codes(codes, scales, None, 64), torch.float64)
+    assert torch.equal(symmetric, (codes.double() - 8) * scales.double().repeat_interleave(64, 1))
+
+
+def test_int8_stays_within_half_a_step(weight: torch.Tensor) -> None:
+    step = weight.double().abs().amax(1, keepdim=True) / 127
+    assert ((formats.dequantize(pack(weight, "int8"), torch.float64) - weight.double()).abs() <= step * 0.5001).all()
+
+
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_scales_take_16_bits_only_where_nothing_is_lost(weight: torch.Tensor, format: str) -> None:
+    assert pack(weight, format).scales.dtype == torch.bfloat16
+    assert pack(weight.float() * 1.1, format).scales.dtype == torch.float32
+
+
+def test_shapes_that_do_not_fit_are_refused_with_the_reason(weight: torch.Tensor) -> None:
+    assert why_not((40, 192), 64) is None
+    assert "multiple of 64" in str(why_not((40, 100), 64))
+    with pytest.raises(ValueError, match="divides the input width 192"):
+        pack(weight, "nf4", 128)
+    with pytest.raises(ValueError, match="known are nf4"):
+        pack(weight, "int3")
+
+
+# The fused kernel's arithmetic --------------------------------------------------------------------------------------------------------
+
+KINDS = ["nf4", "nf4-pairs", "fp4", "fp4-pairs", "int4", "int8"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_assembly_and_layout_give_the_product(kind: str, dtype: torch.dtype) -> None:
+    """One tile by eight activations, from the packed words to the sums, with the assembly that the GPU runs."""
+    pytest.importorskip("triton")
+    emulator = pytest.importorskip("tests.plugins.weight_only_emulator")
+    from optkit_plugins.kernels import weight_only_triton as kernel
+
+    generator = torch.Generator().manual_seed(2)
+    format, bfloat16 = kind.split("-")[0], dtype == torch.bfloat16
+    packed = pack(torch.randn(16, 64, generator=generator).to(torch.bfloat16), format)
+    x = torch.randn(8, 64, generator=generator).to(dtype)
+    words = packed.words[0, 0].numpy().view(np.uint32)
+    table = formats.lookup_table(format, dtype) if format in formats.TABLES else None
+    if kind.endswith("pairs"):
+        assert table is not None
+        shared = np.repeat(np.array(table.pairs, np.uint32), 32)
+        lanes = np.arange(32, dtype=np.uint32) * 4
+        first = emulator.run(kernel.expand_assembly(kernel.PAIRS.value, bfloat16), [*words.T, *[lanes] * 4], shared)
+    elif table is not None:
+        entries = [np.full(32, word, np.uint32) for word in table.words for _ in range(4)]
+        first = emulator.run(kernel.expand_assembly(kernel.PERMUTE.value, bfloat16), [*words.T, *entries])
+    elif format == "int4":
+        assert packed.zeros is not None
+        zeros = packed.zeros[0, 0].numpy().astype(np.uint32)[np.arange(32) // 4]
+        pairs = [(zeros[:, row] * 0x10001 | kernel.magic_bits(bfloat16)).astype(np.uint32) for row in (0, 1) for _ in range(4)]
+        first = emulator.run(kernel.expand_assembly(kernel.AFFINE.value, bfloat16), [*words.T, *pairs])
+    else:
+        halves = [emulator.run(kernel.expand_assembly(kernel.BYTES.value, bfloat16), list(half.T)) for half in words]
+        first = halves[0] + halves[1]
+    lane = np.arange(32)
+    activations = x.view(torch.int32).numpy().view(np.uint32)[lane // 4]  # (threads, 32 words)
+    second = [activations[lane, half * 16 + lane % 4 * 4 + i] for half in (0, 1) for i in range(4)]
+    total = sum(emulator.mma(first[4 * step : 4 * step + 4], second[2 * step : 2 * step + 2], bfloat16) for step in range(4))
+    scales = formats._untile_groups(packed.scales, 16).double().numpy()
+    result = total * scales / (table.factor if table else 1)
+    exact = formats.dequantize(packed, torch.float64).numpy() @ x.double().numpy().T
+    error = np.linalg.norm(result - exact) / np.linalg.norm(exact)
+    assert error < (1e-6 if table is None else 2e-3 if bfloat16 else 3e-4)
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_tables_are_rounded_finely_enough(format: str) -> None:
+    for dtype, bound in ((torch.bfloat16, 2.0**-9), (torch.float16, 2.0**-11)):
+        table = formats.lookup_table(format, dtype)
+        bits = torch.tensor([pair & 0xFFFF for pair in table.pairs[:16]]).to(torch.uint16).view(dtype).double() / table.factor
+        exact = torch.tensor(formats.TABLES[format], dtype=torch.float64)[list(formats.labels(format))]
+        torch.testing.assert_close(bits, exact, rtol=bound, atol=0)
+
+
+def compiled(packed: formats.Packed, batch: int) -> object:
+    """The fused kernel for an H100, compiled without one, in the variant that would run."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from optkit_plugins.kernels import weight_only_launch as launch
+    from optkit_plugins.kernels import weight_only_triton as kernel
+
+    x = torch.zeros(batch, packed.shape[1], dtype=torch.bfloat16)
+    arguments, constants, warps = launch.arguments(x, packed, None, launch.choose(packed.format, batch, *packed.words.shape[:2]))
+    types = {torch.int32: "*i32", torch.int16: "*i16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    names = kernel.product.arg_names
+    signature = {
+        name: types[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
+        for name, value in zip(names, arguments, strict=False)
+    }
+    signature |= dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, value in enumerate(arguments) if isinstance(value, torch.Tensor)}
+    source = ASTSource(kernel.product, signature, constexprs=constants, attrs=aligned)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+@pytest.mark.parametrize(("format", "batch"), [("nf4", 1), ("int4", 9), ("nf4", 64), ("int8", 20)])
+def test_triton_lays_registers_out_as_the_assembly_needs(format: str, batch: int) -> None:
+    pytest.importorskip("triton")
+    from optkit_plugins.kernels import weight_only_launch as launch
+
+    packed = pack(torch.randn(64, 4096, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16), format)
+    assert launch.one_row_a_thread(compiled(packed, batch))
+
+
+# The plain kernels, under Triton's interpreter ----------------------------------------------------------------------------------------
+
+INTERPRETED = """
+import json, torch
+from optkit_plugins.kernels import weight_only_formats as formats, weight_only_launch as launch
+
+errors = {}
+generator = torch.Generator().manual_seed(4)
+weight, x, bias = torch.randn(24, 128, generator=generator), torch.randn(2, 128, generator=generator), torch.randn(24, generator=generator)
+for format in formats.FORMATS:
+    packed = formats.pack(weight, format)
+    exact = formats.dequantize(packed, torch.float64)
+    expected = x.double() @ exact.T + bias.double()
+    errors[format + " expand"] = (launch.expand(packed, torch.float32).double() - exact).norm().item() / exact.norm().item()
+    errors[format + " product"] = (launch.plain_product(x, packed, bias).double() - expected).norm().item() / expected.norm().item()
+print(json.dumps(errors))
+"""
+
+
+def test_plain_kernels_equal_float64() -> None:
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == 2 * len(FORMATS)
+    assert max(errors.values()) < 1e-6, errors
+
+
+# The layer ----------------------------------------------------------------------------------------------------------------------------
+
+
+def layer_of(format: str, rows: int = 48, bias: bool = True, seed: int = 5) -> WeightOnlyLinear:
+    torch.manual_seed(seed)
+    return WeightOnlyLinear.from_linear(nn.Linear(128, rows, bias=bias), format)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_layer_multiplies_with_the_weight_that_it_tells(format: str) -> None:
+    layer = layer_of(format)
+    x = torch.randn(2, 3, 128)
+    assert layer.bias is not None
+    expected = x.double() @ layer.dequantize(torch.float64).T + layer.bias.double()
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-5)
+    assert layer(x[:0]).shape == (0, 3, 48)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_layer_is_saved_and_copied(format: str) -> None:
+    layer, other = layer_of(format), layer_of(format, seed=6)
+    x = torch.randn(2, 128)
+    assert not torch.equal(layer(x), other(x))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), other(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_casting_a_model_leaves_scales_alone() -> None:
+    layer = layer_of("nf4")
+    before = layer.dequantize()
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer.dequantize(), before)
+    assert layer(torch.randn(1, 128, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_fused_layers_give_their_outputs_side_by_side(format: str) -> None:
+    parts = [layer_of(format, rows, seed=rows) for rows in (48, 16, 32)]
+    x = torch.randn(4, 128)
+    torch.testing.assert_close(fuse(parts)(x), torch.cat([part(x) for part in parts], dim=-1))
+
+
+def test_layers_that_cannot_be_fused_are_named() -> None:
+    with pytest.raises(ValueError, match="format=int8"):
+        fuse([layer_of("nf4"), layer_of("int8")])
+    with pytest.raises(ValueError, match="of 40 rows"):
+        fuse([layer_of("nf4"), layer_of("nf4", rows=40)])
+    with pytest.raises(ValueError, match="only some have a bias"):
+        fuse([layer_of("nf4"), layer_of("nf4", bias=False)])
+
+
+def test_operation_is_sound_for_compilers() -> None:
+    layer = layer_of("int4")
+    arguments = (torch.randn(3, 128), layer.words, layer.scales, layer.zeros, layer.bias, "int4", 48, 64)
+    torch.library.opcheck(weight_only_linear, arguments, test_utils=("test_schema", "test_faketensor"))
+    whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 128)
+    assert torch.equal(whole(x), layer(x))
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_layers_of_libraries_move_over_with_their_values(format: str) -> None:
+    model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 40), nn.Linear(40, 8)).eval()
+    if format == "nf4":
+        bnb = pytest.importorskip("optkit_plugins._bitsandbytes").load_bitsandbytes()
+        for i, linear in enumerate(model):
+            packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, quant_type="nf4", compute_dtype=torch.float32)
+            packed.weight = bnb.nn.Params4bit(linear.weight.data, quant_type="nf4", blocksize=64, module=packed).to("cpu")
+            packed.bias, packed.support_avx512bf16_for_cpu = linear.bias, False
+            model[i] = packed
+    else:
+        pytest.importorskip("torchao")
+        from optkit_plugins.int8 import Int8Options, load_torchao, torchao_config
+
+        load_torchao()
+        from torchao.quantization import quantize_
+
+        quantize_(model, torchao_config(Int8Options(), "cpu"))
+    x = torch.randn(3, 128)
+    with torch.no_grad():
+        expected = model(x)
+        left = use_fused_kernels(model)
+        got = model(x)
+    assert [type(layer) is WeightOnlyLinear for layer in model] == [True, True, False]
+    assert list(left) == ["2"] and "input width 40" in left["2"]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
