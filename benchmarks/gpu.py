@@ -39,6 +39,8 @@ def cases(names: list[str], config: str) -> list[tuple[str, dict[str, Any]]]:
         "together": [("together", {"plugins": TOGETHER, "each": True, "repeats": 1, "limit": 16,
                                    "set": {"batch.size": 16} | {key: value for name in TOGETHER for key, value in OPTIONS.get(name, {}).items()}})],
         "8b": [("8b, batch 1", large | {"plugins": ["flash", "compile", "nf4"], "each": True})],
+        "8b-fused": [("8b, batch 1, fused nf4", large | {"plugins": ["nf4", "compile"], "repeats": 1, "limit": 2,
+                                                          "set": {"generate.max_new_tokens": 64, "batch.size": 1, "nf4.kernel": "triton"}})],
         "8b-int8": [("8b int8, batch 1", large | {"plugins": ["int8", "compile"], "each": True})],
         "8b-64": [("8b, batch 64", large | {"plugins": ["compile", "nf4"], "each": True, "samples": "random:64x128",
                                              "set": {"generate.max_new_tokens": 128, "batch.size": 64}})],

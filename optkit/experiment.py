@@ -304,7 +304,7 @@ def protocol_of(request: Request, setup: Setup) -> compare.Protocol:
     free = setup.machine.memory_bytes if setup.machine.device == "cuda" else setup.machine.host_memory_bytes
     return compare.Protocol(
         rounds=rounds, turns=2, unit_seconds=0.1 if setup.machine.device == "cuda" else 0.25,
-        interleaved=wanted <= FITTING_SHARE * free, timeout=request.timeout,
+        interleaved=wanted <= FITTING_SHARE * free, at_once=setup.machine.device == "cuda", timeout=request.timeout,
     )  # fmt: skip
 
 

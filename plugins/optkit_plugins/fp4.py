@@ -15,7 +15,7 @@ from optkit_plugins import _bitsandbytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from optkit import TrialContext
+    from optkit import Machine, TrialContext
 
 technique = Technique(
     name="fp4",
@@ -34,13 +34,18 @@ technique = Technique(
 
 
 @hookimpl
-def configure(options: _bitsandbytes.FourBitOptions, task: str) -> Claims:
-    return _bitsandbytes.claims(options, task)
+def configure(options: _bitsandbytes.FourBitOptions, task: str, machine: Machine) -> Claims:
+    return _bitsandbytes.claims(options, task, machine)
 
 
 @hookimpl
 def transform_model(model: PreTrainedModel, trial: TrialContext) -> None:
     _bitsandbytes.quantize(model, trial, "fp4")
+
+
+@hookimpl
+def save_model(model: PreTrainedModel, trial: TrialContext) -> None:
+    _bitsandbytes.save(model, trial)
 
 
 @hookimpl

@@ -16,7 +16,7 @@ from optkit_plugins import _bitsandbytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from optkit import TrialContext
+    from optkit import Machine, TrialContext
 
 technique = Technique(
     name="nf4",
@@ -35,13 +35,18 @@ technique = Technique(
 
 
 @hookimpl
-def configure(options: _bitsandbytes.FourBitOptions, task: str) -> Claims:
-    return _bitsandbytes.claims(options, task)
+def configure(options: _bitsandbytes.FourBitOptions, task: str, machine: Machine) -> Claims:
+    return _bitsandbytes.claims(options, task, machine)
 
 
 @hookimpl
 def transform_model(model: PreTrainedModel, trial: TrialContext) -> None:
     _bitsandbytes.quantize(model, trial, "nf4")
+
+
+@hookimpl
+def save_model(model: PreTrainedModel, trial: TrialContext) -> None:
+    _bitsandbytes.save(model, trial)
 
 
 @hookimpl
