@@ -19,7 +19,22 @@ import optkit
 from optkit.errors import OptkitError
 from optkit.report.rows import speed_up_cell
 
-ONE_BY_ONE = ["flash", "compile", "nf4", "fp4", "int8", "gqa", "precision", "kv-cache", "sampling", "prune", "batching", "cache", "offload", "onnx"]
+ONE_BY_ONE = [
+    "flash",
+    "compile",
+    "nf4",
+    "fp4",
+    "int8",
+    "gqa",
+    "precision",
+    "kv-cache",
+    "sampling",
+    "prune",
+    "batching",
+    "cache",
+    "offload",
+    "onnx",
+]
 TOGETHER = ["precision", "gqa", "prune", "kv-cache", "sampling", "batching", "cache", "offload"]
 OPTIONS = {
     "kv-cache": {"kv-cache.kind": "static"},

@@ -52,7 +52,11 @@ def commands(repeats: int, environment: dict[str, str]) -> list[dict[str, object
     arguments = ["run", "--profile", "cpu", "--plugins", "", "--repeats", "1", "--limit", "20"]
     process_seconds(arguments, environment)
     measured = [process_seconds(arguments, environment) for _ in range(repeats)]
-    return [*rows, row("run, all remembered", "s wall", [wall for wall, _ in measured]), row("run, all remembered", "s CPU", [cpu for _, cpu in measured])]
+    return [
+        *rows,
+        row("run, all remembered", "s wall", [wall for wall, _ in measured]),
+        row("run, all remembered", "s CPU", [cpu for _, cpu in measured]),
+    ]
 
 
 def repeated(work: Callable[[], object], repeats: int, calls: int = 1) -> list[float]:
@@ -77,6 +81,7 @@ def inside(repeats: int, folder: Path) -> list[dict[str, object]]:
     folder_digest(bundled_folder())
     rows.append(row("fingerprint of the bundled model", "s", repeated(lambda: folder_digest(bundled_folder()), repeats, 20)))
     with TrialServer(log_folder=folder / "logs") as server:
+
         def trial() -> None:
             process = server.spawn("benchmarks.overhead:Nothing", {}, name="nothing")
             process.call("answer")

@@ -94,7 +94,9 @@ def optimize(
     choices = [Choice(name, options.pop(name, {})) for name in plugins]
     if profile and not plugins:
         defaults = load_profile(profile).defaults
-        choices = [Choice(name, dict(default.options) | options.pop(name, {}), because=default.because) for name, default in defaults.items()]
+        choices = [
+            Choice(name, dict(default.options) | options.pop(name, {}), because=default.because) for name, default in defaults.items()
+        ]
     if options:
         from optkit.errors import UsageError
 

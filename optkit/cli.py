@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+# pydantic would read the entry points of every distribution for plugins of its own, and fail on one that is damaged
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
 import typer
 
 from optkit import cli_options as opt
@@ -258,7 +261,9 @@ def export(
     if format == "json":
         typer.echo(json.dumps(facts, indent=2))
     else:
-        typer.echo(f"{facts['folder']}: {facts['files']} files, {facts['bytes'] / 1e6:.1f} MB, written by {facts['writer']}\n{facts['check']}")
+        typer.echo(
+            f"{facts['folder']}: {facts['files']} files, {facts['bytes'] / 1e6:.1f} MB, written by {facts['writer']}\n{facts['check']}"
+        )
 
 
 def _write(path: str, record: dict[str, Any]) -> None:

@@ -30,8 +30,13 @@ def _option(*names: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, envvar=variable, **more)
 
 
-Profile = Annotated[str, _option("--profile", help="A profile's name or file; auto is what this machine is.", autocompletion=complete_profiles)]
-Plugins = Annotated[str | None, _option("--plugins", help="Techniques, comma-separated; by default the profile's. '' for none.", autocompletion=complete_plugins)]
+Profile = Annotated[
+    str, _option("--profile", help="A profile's name or file; auto is what this machine is.", autocompletion=complete_profiles)
+]
+Plugins = Annotated[
+    str | None,
+    _option("--plugins", help="Techniques, comma-separated; by default the profile's. '' for none.", autocompletion=complete_plugins),
+]
 NoPlugin = Annotated[list[str] | None, _option("--no-plugin", help="Leave a technique out.", autocompletion=complete_plugins)]
 Set = Annotated[list[str] | None, _option("--set", help="An option or setting: nf4.blocksize=64, generate.max_new_tokens=32.")]
 Model = Annotated[str | None, _option("--model", help="bundled, a local folder, a hub id, or random:CONFIG.json.")]
@@ -52,8 +57,12 @@ CacheDir = Annotated[str | None, _option("--cache-dir", help="Where the memo lie
 CacheMaxAge = Annotated[str | None, _option("--cache-max-age", help="Older predictions are computed again: 12h, 30d.")]
 Metric = Annotated[str | None, _option("--metric", help="A metric of your own, MODULE:FUNCTION of (predictions, samples).")]
 Timeout = Annotated[float, _option("--timeout", help="Seconds for one step of a trial.", min=1)]
-StoreText = Annotated[bool, typer.Option("--store-text/--no-store-text", help="Keep generated texts in the memo.", envvar="OPTKIT_STORE_TEXT")]
-ProfilesDir = Annotated[list[str] | None, typer.Option("--profiles-dir", help="A folder with profiles of your own; OPTKIT_PROFILES_DIR names more.")]
+StoreText = Annotated[
+    bool, typer.Option("--store-text/--no-store-text", help="Keep generated texts in the memo.", envvar="OPTKIT_STORE_TEXT")
+]
+ProfilesDir = Annotated[
+    list[str] | None, typer.Option("--profiles-dir", help="A folder with profiles of your own; OPTKIT_PROFILES_DIR names more.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")]
 Format = Annotated[str, _option("--format", help="human or json.")]
 Output = Annotated[str | None, typer.Option("--output", help="Also write the result to this file (.json, .md or .svg).")]

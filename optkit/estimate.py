@@ -30,7 +30,11 @@ def estimate(source: ModelSource, plan: Plan, device: str) -> dict[str, int] | N
         table = config["vocab_size"] * config["hidden_size"] * (1 if config.get("tie_word_embeddings", False) else 2)
         weights = int((parameters - table) * bits / 8) + table * width
     batch = int(plan.settings["batch.size"])
-    tokens = min(int(plan.settings["batch.max_length"] or 2048), 2048) if plan.task == "score" else 512 + int(plan.settings["generate.max_new_tokens"])
+    tokens = (
+        min(int(plan.settings["batch.max_length"] or 2048), 2048)
+        if plan.task == "score"
+        else 512 + int(plan.settings["generate.max_new_tokens"])
+    )
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     head_width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     cache = 2 * config["num_hidden_layers"] * heads * head_width * width * batch * tokens if plan.task == "generate" else 0

@@ -53,9 +53,7 @@ class Experiment:
         self.setup, self.request = setup, setup.request
         request = setup.request
         self.metric = metrics.load_metric(request.metric) if request.metric else None
-        self.memo = Memo(
-            cache_folder(request.cache_dir) / "memo", max_age_seconds=request.cache_max_age, warn=request.warn
-        )
+        self.memo = Memo(cache_folder(request.cache_dir) / "memo", max_age_seconds=request.cache_max_age, warn=request.warn)
         self.store = RecordStore(records_folder(), warn=request.warn)
         self.protocol = protocol_of(request, setup)
         self.identity = identity.base(setup)
@@ -71,11 +69,18 @@ class Experiment:
 
     def run(self) -> dict[str, Any]:
         self.undescribed = {
-            plan.name: f"{step.name}: {step.claims.undescribed}" for plan in self.setup.plans for step in plan.steps if step.claims.undescribed
+            plan.name: f"{step.name}: {step.claims.undescribed}"
+            for plan in self.setup.plans
+            for step in plan.steps
+            if step.claims.undescribed
         }
         for name, why in self.undescribed.items():
             self.request.warn(f"{name}: predictions and timings are not taken from memory, because {why}")
-        record = None if self.request.fresh or self.undescribed else self.store.latest(lambda row: row.get("key") == self.key and row.get("kind") == "run")
+        record = (
+            None
+            if self.request.fresh or self.undescribed
+            else self.store.latest(lambda row: row.get("key") == self.key and row.get("kind") == "run")
+        )
         if not self.request.force:
             for plan in self.setup.all_plans:
                 if plan.name not in self.undescribed:
@@ -188,7 +193,11 @@ class Experiment:
                 return comparison.ask(arm, "evaluate", samples=[_plain(sample) for sample in missing], reference=reference)
 
             self.predictions[arm.name] = remember_predictions(
-                self.memo, self.specs[arm.name], samples, compute, force=self.request.force,
+                self.memo,
+                self.specs[arm.name],
+                samples,
+                compute,
+                force=self.request.force,
                 keep=self.request.store_text and arm.name not in self.undescribed,
             )
         if first:
@@ -241,7 +250,12 @@ class Experiment:
             if rows is None:
                 continue
             baseline = None if plan is self.setup.baseline else self.predictions.get("baseline")
-            spec = {"rows": digest(rows), "baseline": digest(baseline), "samples": self.setup.samples.digest, "code": self.identity["optkit"]}
+            spec = {
+                "rows": digest(rows),
+                "baseline": digest(baseline),
+                "samples": self.setup.samples.digest,
+                "code": self.identity["optkit"],
+            }
             hit = self.memo.lookup("metrics", spec)  # without joblib, which a hit does not need
             if hit is None:
                 quality, _ = self.memo.compute("metrics", partial(measured_quality, rows, samples, baseline), spec)

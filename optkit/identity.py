@@ -41,9 +41,14 @@ def of_plan(shared: dict[str, Any], plan: Plan, setup: Setup) -> dict[str, Any]:
         **shared,
         "plan": {"steps": plan.to_json()["steps"], "settings": {s.name: s.value for s in plan.settings.chosen()}},
         "calibration": digest([sample.digest for sample in setup.samples.calibration])
-        if any(step.technique.calibrates for step in plan.steps) else None,
+        if any(step.technique.calibrates for step in plan.steps)
+        else None,
         "plugins": {
-            step.name: [step.version, plugin_digest(setup.registry.get(step.name).plugin), {name: version(name) for name in _distributions(step)}]
+            step.name: [
+                step.version,
+                plugin_digest(setup.registry.get(step.name).plugin),
+                {name: version(name) for name in _distributions(step)},
+            ]
             for step in plan.steps
         },
     }

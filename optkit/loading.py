@@ -35,7 +35,9 @@ def load_model(source: ModelSource, trial: TrialContext) -> PreTrainedModel:
         return random_model(config, trial)
     folder = Path(source.location)
     if source.kind == "folder" and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise UsageError(f"'{folder}' holds no weights (*.safetensors); for random weights of its shape use random:{folder / 'config.json'}")
+        raise UsageError(
+            f"'{folder}' holds no weights (*.safetensors); for random weights of its shape use random:{folder / 'config.json'}"
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.location,

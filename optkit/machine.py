@@ -113,7 +113,7 @@ def detect(*, root: str | Path = "/", environ: Mapping[str, str] = os.environ) -
 QUIET_CORES = 0.5
 
 
-def busy_cores(seconds: float = 0.5, *, root: str | Path = "/") -> float:
+def busy_cores(seconds: float = 0.2, *, root: str | Path = "/") -> float:
     """How many cores all processes keep busy just now, from the kernel's counters over a moment; 0 where there are none."""
 
     def counters() -> tuple[int, int] | None:

@@ -102,13 +102,15 @@ def make_plan(
         if claims.problem:
             problems.append(f"{choice.name}: {claims.problem}")
         if task not in technique.tasks:
-            problems.append(f"{choice.name} does nothing in the task '{task}' (it works in: {', '.join(sorted(technique.tasks))}); leave it out")
+            problems.append(
+                f"{choice.name} does nothing in the task '{task}' (it works in: {', '.join(sorted(technique.tasks))}); leave it out"
+            )
         if machine.device not in technique.devices:
-            problems.append(f"{choice.name} needs {' or '.join(sorted(technique.devices))}, this machine computes on {machine.device}; leave it out")
+            problems.append(
+                f"{choice.name} needs {' or '.join(sorted(technique.devices))}, this machine computes on {machine.device}; leave it out"
+            )
     ordered = order(steps)
-    techniques_wishes = [
-        setting.model_copy(update={"by": step.name}) for step in ordered for setting in step.claims.settings
-    ]
+    techniques_wishes = [setting.model_copy(update={"by": step.name}) for step in ordered for setting in step.claims.settings]
     limits = [limit.model_copy(update={"by": step.name}) for step in ordered for limit in step.claims.limits]
     settings, conflicts = resolve([*wishes, *techniques_wishes], limits)
     problems += conflicts + role_conflicts(ordered) + property_conflicts(ordered) + unread_settings(ordered, settings)
@@ -131,7 +133,9 @@ def parse_options(technique: Technique, choice: Choice) -> Options:
             if problem["type"] == "extra_forbidden":
                 lines.append(f"unknown option '{technique.name}.{key}'{did_you_mean(key, known)} known: {', '.join(known) or 'none'}")
             else:
-                lines.append(f"option '{technique.name}.{key}' = {problem['input']!r}: {problem['msg']}" + (f" (from {where})" if where else ""))
+                lines.append(
+                    f"option '{technique.name}.{key}' = {problem['input']!r}: {problem['msg']}" + (f" (from {where})" if where else "")
+                )
         raise UsageError("\n".join(lines)) from None
 
 
@@ -165,7 +169,9 @@ def property_conflicts(steps: list[Step]) -> list[str]:
         for name in sorted((step.technique.refuses | step.claims.refuses) & everyone.keys()):
             conflicts.append(f"{step.name} cannot work with the property '{name}' that {everyone[name]} adds; leave out one of them")
         for name in sorted((step.technique.forbids | step.claims.forbids) & earlier.keys()):
-            conflicts.append(f"{step.name} must come before anything that adds '{name}', and {earlier[name]} comes first; leave out one of them")
+            conflicts.append(
+                f"{step.name} must come before anything that adds '{name}', and {earlier[name]} comes first; leave out one of them"
+            )
         for name in sorted((step.technique.needs | step.claims.needs) - everyone.keys()):
             conflicts.append(f"{step.name} needs the property '{name}', which no technique of this plan adds; add one that does")
     return conflicts

@@ -78,7 +78,9 @@ def _diverge(session: Session, sample: Sample, row: dict[str, Any], reference: d
     if reference is None:
         top = rows.topk(min(DIVERGENCE_TOP, rows.shape[1]))
         row["path"] = path
-        row["top"] = [[ids, [round(value, 5) for value in values]] for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+        row["top"] = [
+            [ids, [round(value, 5) for value in values]] for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
     else:
         row["kl"] = divergence(reference[sample.digest]["top"], rows)
 

@@ -22,7 +22,13 @@ def known_predictions(memo: Memo, spec: dict[str, Any], samples: list[Sample]) -
 
 
 def remember_predictions(
-    memo: Memo, spec: dict[str, Any], samples: list[Sample], compute: Callable[[list[Sample]], Rows], *, force: bool = False, keep: bool = True
+    memo: Memo,
+    spec: dict[str, Any],
+    samples: list[Sample],
+    compute: Callable[[list[Sample]], Rows],
+    *,
+    force: bool = False,
+    keep: bool = True,
 ) -> Rows:
     """The rows of all samples: those that are known, and the others computed in one shard and kept.
 

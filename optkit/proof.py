@@ -21,7 +21,12 @@ def verdict(facts: dict[str, Any], changes: dict[str, Any], baseline: dict[str, 
         state = UNPROVEN
     else:
         state = NO_EFFECT
-    return {"verdict": state, "summary": facts.get("summary") or describe(changes) or facts.get("error", ""), "facts": facts, "changes": changes}
+    return {
+        "verdict": state,
+        "summary": facts.get("summary") or describe(changes) or facts.get("error", ""),
+        "facts": facts,
+        "changes": changes,
+    }
 
 
 def describe(changes: dict[str, Any]) -> str:

@@ -86,7 +86,9 @@ def prepare(request: Request) -> Setup:
     if task not in ("generate", "score"):
         raise UsageError(f"task '{task}' is not run by this version; choose generate or score")
     if task == "generate" and not samples.has_prompts:
-        raise UsageError("these samples are texts without prompts, which can be scored but not continued; use --task score, or samples with 'prompt'")
+        raise UsageError(
+            "these samples are texts without prompts, which can be scored but not continued; use --task score, or samples with 'prompt'"
+        )
     if missing_for(profile, machine, folders) or profile.device != machine.device:
         machine = profile.as_machine(machine)  # a plan for another machine, or for the CPU of a machine that has a GPU
     choices, wishes = choose(request, profile, task)
@@ -127,9 +129,13 @@ def choose(request: Request, profile: Profile, task: str) -> tuple[list[Choice],
         base = dict(defaults[name].options) if name in defaults else {}
         origins = dict.fromkeys(base, f"profile {profile.name}")
         mine = options.pop(name, {})
-        because = f"asked for ({request.origins.get('plugins', '--plugins')})" if asked else f"profile {profile.name}: {defaults[name].because}"
+        because = (
+            f"asked for ({request.origins.get('plugins', '--plugins')})" if asked else f"profile {profile.name}: {defaults[name].because}"
+        )
         choices.append(Choice(name, base | mine, origins | dict.fromkeys(mine, request.origins.get("set", "--set")), because))
-    if options and not request.origins.get("set", "--set").endswith((".toml", "]")):  # a file's options wait for a plan that has use for them
+    if options and not request.origins.get("set", "--set").endswith(
+        (".toml", "]")
+    ):  # a file's options wait for a plan that has use for them
         name = next(iter(options))
         raise UsageError(f"--set names an option of '{name}', which is not in this plan ({', '.join(names) or 'no techniques'})")
     wishes += profile_settings(profile, task)
@@ -142,4 +148,7 @@ def profile_settings(profile: Profile, task: str) -> list[Setting]:
     if default is None:
         return []
     why = {"because": default.because, "by": f"profile {profile.name}", "strength": "profile"}
-    return [Setting(name="batch.size", value=default.batch_size, **why), Setting(name="batch.max_length", value=default.sequence_length, **why)]
+    return [
+        Setting(name="batch.size", value=default.batch_size, **why),
+        Setting(name="batch.max_length", value=default.sequence_length, **why),
+    ]

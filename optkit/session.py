@@ -133,7 +133,9 @@ class Session:
         if owner and hook:
             batches = [list(batch) for batch in hook(samples=samples, trial=self.contexts[owner.name])]
             if sorted(index for batch in batches for index in batch) != list(range(len(samples))):
-                raise OptkitError(f"{owner.name}: its batches do not hold each of the {len(samples)} samples exactly once; report this to its author")
+                raise OptkitError(
+                    f"{owner.name}: its batches do not hold each of the {len(samples)} samples exactly once; report this to its author"
+                )
             return batches
         size = int(self.plan.settings["batch.size"])
         return [list(range(start, min(start + size, len(samples)))) for start in range(0, len(samples), size)]

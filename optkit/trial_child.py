@@ -78,9 +78,7 @@ def encode(message: dict[str, Any], what: str) -> bytes:
         raise ValueError(f"{what} has no strict JSON form: {error}; {way_out}") from error
     if len(line) > MAX_LINE_BYTES:
         size, limit = len(line) / 2**20, MAX_LINE_BYTES / 2**20
-        raise ValueError(
-            f"{what} takes {size:.0f} MiB, and {limit:.0f} MiB is the limit; write it to a file and pass its path"
-        )
+        raise ValueError(f"{what} takes {size:.0f} MiB, and {limit:.0f} MiB is the limit; write it to a file and pass its path")
     return line
 
 

@@ -49,16 +49,12 @@ class TrialProcess:
         """Whether it takes further calls: after an exception it does, after anything worse it does not."""
         return self._verdict is None
 
-    def call(
-        self, method: str, /, *, timeout: float | None = None, on_progress: OnProgress | None = None, **args: Any
-    ) -> Any:
+    def call(self, method: str, /, *, timeout: float | None = None, on_progress: OnProgress | None = None, **args: Any) -> Any:
         """`start` and `wait`."""
         self.start(method, timeout=timeout, on_progress=on_progress, **args)
         return self.wait()
 
-    def start(
-        self, method: str, /, *, timeout: float | None = None, on_progress: OnProgress | None = None, **args: Any
-    ) -> None:
+    def start(self, method: str, /, *, timeout: float | None = None, on_progress: OnProgress | None = None, **args: Any) -> None:
         """Ask the target for ``method(**args)`` and return, so that several trials can work at once; then `wait`.
 
         :param timeout: seconds, from now or from when the process is there; then it is killed. This is seen to while
@@ -216,9 +212,7 @@ class TrialProcess:
         """`due` is past."""
         if self._verdict is not None:
             state, reason = self._verdict
-            self._conclude(
-                state, f"{reason}; process {self.pid} did not end, as if it waits for a driver", ResourceUse()
-            )
+            self._conclude(state, f"{reason}; process {self.pid} did not end, as if it waits for a driver", ResourceUse())
         elif self._channel.fileno() < 0:
             reason = "it closed the channel to optkit and went on without it"
             self._condemn("failed", reason, grace_seconds=GRACE_SECONDS)

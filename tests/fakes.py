@@ -19,7 +19,10 @@ def plugin(name: str, body: str = "", **facts: str) -> str:
     """Source of a plugin module. ``facts`` are source texts of Technique's arguments."""
     arguments = {"stage": "'engine'", "summary": "'for tests'"} | facts
     listed = ", ".join(f"{key}={value}" for key, value in arguments.items())
-    return f"from optkit import Claims, Limit, Options, Setting, Technique, hookimpl\ntechnique = Technique(name={name!r}, {listed})\n" + textwrap.dedent(body)
+    return (
+        f"from optkit import Claims, Limit, Options, Setting, Technique, hookimpl\ntechnique = Technique(name={name!r}, {listed})\n"
+        + textwrap.dedent(body)
+    )
 
 
 def install(monkeypatch, site: Path, plugins: dict[str, str], name: str = "optkit-fake") -> None:

@@ -25,7 +25,12 @@ def optkit(tmp_path):
 
     def call(*arguments, code=0, env=None):
         done = subprocess.run(
-            [sys.executable, "-m", "optkit.cli", *arguments], cwd=here, env=plain | own | (env or {}), capture_output=True, text=True, timeout=240
+            [sys.executable, "-m", "optkit.cli", *arguments],
+            cwd=here,
+            env=plain | own | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=240,
         )
         assert done.returncode == code, done.stdout + done.stderr
         return done
@@ -35,7 +40,14 @@ def optkit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["list-plugins"], ["plan", "--plugins", "int8", "--profile", "h200"], ["list-profiles"], ["run", "--dry-run", "--plugins", ""]]
+    "arguments",
+    [
+        ["--help"],
+        ["list-plugins"],
+        ["plan", "--plugins", "int8", "--profile", "h200"],
+        ["list-profiles"],
+        ["run", "--dry-run", "--plugins", ""],
+    ],
 )
 def test_quick_commands_import_nothing_heavy(arguments):
     code = (
@@ -89,7 +101,9 @@ def test_options_come_from_flag_then_environment_then_files(optkit):
     found = plan()
     assert found["samples"]["n"] == 22 and found["origins"]["limit"] == "optkit.toml"
     assert found["origins"]["plugins"] == "pyproject.toml [tool.optkit]" and found["steps"][0]["name"] == "int8"
-    assert {"name": "generate.max_new_tokens", "value": 5}.items() <= next(s for s in found["settings"] if s["name"].endswith("new_tokens")).items()
+    assert {"name": "generate.max_new_tokens", "value": 5}.items() <= next(
+        s for s in found["settings"] if s["name"].endswith("new_tokens")
+    ).items()
     assert plan(OPTKIT_LIMIT="33")["samples"]["n"] == 33
     found = plan("--limit", "44", OPTKIT_LIMIT="33")
     assert found["samples"]["n"] == 44 and found["origins"]["limit"] == "--limit"
@@ -125,7 +139,9 @@ def test_durations(text, seconds):
     assert config.parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize(("text", "value"), [("64", 64), ("0.5", 0.5), ("1e-3", 1e-3), ("true", True), ("none", None), ("a=b", "a=b"), ("9" * 30, "9" * 30)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("64", 64), ("0.5", 0.5), ("1e-3", 1e-3), ("true", True), ("none", None), ("a=b", "a=b"), ("9" * 30, "9" * 30)]
+)
 def test_values(text, value):
     assert config.parse_pairs([f"a.b={text}"]) == {"a.b": value}
 
@@ -142,9 +158,8 @@ def test_the_version(optkit):
 
 
 def test_no_core_file_names_a_technique():
-    from optkit.registry import discover
-
     import optkit as package
+    from optkit.registry import discover
 
     words = {"cache", "batching", "int8", "fp4"}  # a command, a role, and two dtypes of data sheets bear these names too
     names = {row.name for row in discover() if row.module.startswith("optkit_plugins.")} - words

@@ -12,8 +12,8 @@ import torch
 
 from optkit.errors import OptkitError, UnavailableError, UsageError
 from optkit.experiment import execute
-from optkit.request import Request, prepare
 from optkit.loading import byte_tokenizer
+from optkit.request import Request, prepare
 from tests.fakes import install, plugin
 from tests.plugins.tiny import tiny_model
 
@@ -137,7 +137,8 @@ def test_changed_code_of_a_plugin_is_another_identity(model_folder, samples, mon
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"set": {"generate.max_new_tokens": 9}}, {"set": {"load.dtype": "bfloat16"}}, {"task": "score"}, {"shrink": True}]
+    "change",
+    [{"seed": 1}, {"set": {"generate.max_new_tokens": 9}}, {"set": {"load.dtype": "bfloat16"}}, {"task": "score"}, {"shrink": True}],
 )
 def test_every_part_of_a_request_is_in_the_identity(model_folder, samples, change):
     from optkit.experiment import Experiment
@@ -182,7 +183,9 @@ def test_prompts_without_answers_get_agreement_and_divergence(model_folder, tmp_
 def test_the_untouched_model_does_not_diverge_from_itself(model_folder, monkeypatch, tmp_path):
     install(monkeypatch, tmp_path / "site", {"idle": plugin("idle")})
     record = execute(
-        Request(model=str(model_folder), samples="random:6x5", plugins=["idle"], profile="cpu", repeats=1, set={"generate.max_new_tokens": 6})
+        Request(
+            model=str(model_folder), samples="random:6x5", plugins=["idle"], profile="cpu", repeats=1, set={"generate.max_new_tokens": 6}
+        )
     )
     quality = arm(record, "idle")["quality"]
     assert quality["kl"]["value"] < 1e-6 and quality["agreement"]["value"] == 1

@@ -60,7 +60,9 @@ def test_after_a_property_moves_within_the_stage(registry):
 
 
 def test_two_owners_of_a_role(registry):
-    assert conflicts(registry, "weights-a", "weights-b") == ["role 'weights' has one owner, and weights-a and weights-b claim it; keep one of them"]
+    assert conflicts(registry, "weights-a", "weights-b") == [
+        "role 'weights' has one owner, and weights-a and weights-b claim it; keep one of them"
+    ]
 
 
 def test_a_setting_that_its_reader_does_not_read(registry):

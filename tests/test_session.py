@@ -8,8 +8,8 @@ from optkit.engine import pad_left, pad_right, trim
 from optkit.errors import OptkitError, UsageError
 from optkit.loading import byte_tokenizer, encode, random_model, shrink
 from optkit.proof import verdict
-from optkit.snapshot import Snapshot, difference
 from optkit.samples import Sample
+from optkit.snapshot import Snapshot, difference
 from tests.fakes import install, plugin
 from tests.plugins.tiny import tiny_model
 
@@ -20,7 +20,9 @@ def test_the_default_engine_is_generate():
     model, tokenizer = tiny_model("llama")
     optimized = optkit.optimize(model, tokenizer)
     for prompt, row in zip(PROMPTS, optimized.generate(PROMPTS, new_tokens=8), strict=True):
-        alone = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=8, do_sample=False)
+        alone = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=8, do_sample=False
+        )
         assert row == trim(alone[0, len(prompt) :].tolist(), frozenset({1}), False)
 
 

@@ -186,25 +186,19 @@ def test_a_value_without_strict_json_form_fails_and_says_so(trial: TrialProcess)
     assert trial.call("echo", value=1) == 1
 
 
-def test_an_answer_beyond_the_line_limit_fails_and_names_the_way_out(
-    server: TrialServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_beyond_the_line_limit_fails_and_names_the_way_out(server: TrialServer, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = server.spawn("trial_targets:short_lines", {}, name="long line")
     assert "write it to a file and pass its path" in failure_of(trial, "echo", value="x" * 2**20).reason
     assert trial.call("echo", value="x") == "x"
     trial.end()
     trial = server.spawn(TARGET, {}, name="longer line")
     monkeypatch.setattr(trial_process, "MAX_LINE_BYTES", 1000)  # the trial does not keep to the caller's limit
-    assert failure_of(trial, "echo", value="x" * 2**21).reason.startswith(
-        "it sent what is no message: a line of more than"
-    )
+    assert failure_of(trial, "echo", value="x" * 2**21).reason.startswith("it sent what is no message: a line of more than")
     trial.kill()
 
 
 def test_a_call_that_the_target_does_not_offer_is_named(trial: TrialProcess) -> None:
-    assert failure_of(trial, "__init__").reason.startswith(
-        "AttributeError: Target has no call '__init__'; it has echo, add"
-    )
+    assert failure_of(trial, "__init__").reason.startswith("AttributeError: Target has no call '__init__'; it has echo, add")
 
 
 @pytest.mark.parametrize(
@@ -336,9 +330,7 @@ def test_the_kernels_oom_kill_is_oom(trial: TrialProcess) -> None:
         group.rmdir()
 
 
-def test_a_trial_that_closes_its_channel_and_goes_on_is_ended(
-    trial: TrialProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trial_that_closes_its_channel_and_goes_on_is_ended(trial: TrialProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial_process, "GONE_SECONDS", 1.0)
     pid = trial.call("pid")
     failure = failure_of(trial, "hang_up")
@@ -415,9 +407,7 @@ def test_ctrl_c_and_the_death_of_the_caller_orphan_nobody(tmp_path: Path, number
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
     arguments = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
-    with subprocess.Popen(
-        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as caller:
+    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as caller:
         assert caller.stdout and caller.stderr
         *pids, holder = json.loads(caller.stdout.readline())
         caller.send_signal(number)
@@ -455,9 +445,7 @@ def test_a_module_that_cannot_be_imported_spoils_only_trials_that_need_it(tmp_pa
         ("import signal; signal.pause()", "the trial server did not start within 0.5 s, importing bad_import"),
     ],
 )
-def test_a_server_that_does_not_survive_its_imports_makes_trials_unavailable(
-    tmp_path: Path, code: str, reason: str
-) -> None:
+def test_a_server_that_does_not_survive_its_imports_makes_trials_unavailable(tmp_path: Path, code: str, reason: str) -> None:
     (tmp_path / "bad_import.py").write_text(code)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
@@ -469,10 +457,7 @@ def test_a_server_that_does_not_survive_its_imports_makes_trials_unavailable(
 def test_logs_are_private_and_stay_in_their_folder_whatever_the_trial_is_called(tmp_path: Path) -> None:
     folder = tmp_path / "logs"
     with TrialServer(imports=(), log_folder=folder) as server:
-        trials = [
-            server.spawn(TARGET, {}, name=name)
-            for name in ("../../etc/x", "a\0b", "\u202eevil", "n" * 300, "", "n" * 300)
-        ]
+        trials = [server.spawn(TARGET, {}, name=name) for name in ("../../etc/x", "a\0b", "\u202eevil", "n" * 300, "", "n" * 300)]
         assert {trial.log_path.parent for trial in trials} == {folder}
         assert len({trial.log_path for trial in trials}) == len(trials)
         assert {stat.S_IMODE(trial.log_path.stat().st_mode) for trial in trials} == {0o600}

@@ -12,7 +12,10 @@ from optkit.report.text import clean
 def render(record: dict[str, Any]) -> str:
     """Heading, results, proof and footnotes."""
     columns = used_columns(record)
-    parts = [f"## {_cell(heading(record))}", table([COLUMNS[index] for index in columns], [[row[index] for index in columns] for row in table_rows(record)])]
+    parts = [
+        f"## {_cell(heading(record))}",
+        table([COLUMNS[index] for index in columns], [[row[index] for index in columns] for row in table_rows(record)]),
+    ]
     proofs = proof_rows(record)
     if proofs:
         parts.append(table(["plan", "technique", "verdict", "evidence"], proofs))

@@ -58,7 +58,11 @@ def plan_view(setup: Setup) -> Group:
          ", ".join(f"{key}: {origin}" for key, origin in option_origins(step).items() if origin != "default"), step.choice.because]
         for index, step in enumerate(plan.steps, 1)
     ]  # fmt: skip
-    parts.append(plain_table("techniques, in order", ["", "technique", "stage", "options", "from", "because"], steps) if steps else Text("no techniques: the baseline alone"))
+    parts.append(
+        plain_table("techniques, in order", ["", "technique", "stage", "options", "from", "because"], steps)
+        if steps
+        else Text("no techniques: the baseline alone")
+    )
     chosen = [[s.name, str(s.value), s.by, s.because] for s in plan.settings.chosen()]
     if chosen:
         parts.append(plain_table("settings", ["setting", "value", "from", "because"], chosen))
@@ -68,7 +72,12 @@ def plan_view(setup: Setup) -> Group:
         rows = [[name.replace("_", " "), megabytes(before[name]), megabytes(memory[name])] for name in memory]
         parts.append(plain_table("memory estimate", ["", "baseline", "this plan"], rows))
         if memory["total"] > setup.profile.max_memory_fraction * setup.machine.memory_bytes:
-            parts.append(Text(f"! more than {setup.profile.max_memory_fraction:.0%} of {megabytes(setup.machine.memory_bytes)}: expect to run out of memory", style="red"))
+            parts.append(
+                Text(
+                    f"! more than {setup.profile.max_memory_fraction:.0%} of {megabytes(setup.machine.memory_bytes)}: expect to run out of memory",
+                    style="red",
+                )
+            )
     parts += [Text(f"· {note}", style="dim") for note in plan.notes]
     return Group(*parts)
 
@@ -89,7 +98,8 @@ def plugins_json(registry: Registry) -> list[dict[str, Any]]:
                 "cause": problem or row.cause, "fix": row.fix, "stage": technique.stage if technique else None,
                 "summary": technique.summary if technique else None, "lossy": technique.lossy if technique else None,
                 "tasks": sorted(technique.tasks) if technique else [], "tested_on": list(technique.tested_on) if technique else [],
-                "requires": list(technique.requires) if technique else [], "paper": technique.paper if technique else None,
+                "requires": list(technique.requires) if technique else [],
+                "exceptions": dict(technique.exceptions) if technique else {}, "paper": technique.paper if technique else None,
                 "options": {name: {"default": repr(field.default), "description": field.description}
                             for name, field in technique.options.model_fields.items()} if technique else {},
             }
@@ -114,14 +124,29 @@ def plugins_view(registry: Registry) -> Group:
     for row in plugins_json(registry):
         tested = ", ".join(row["tested_on"]) or "nowhere yet"
         status = row["status"] if row["status"] == "ready" else f"{row['status']}: {row['cause']}"
-        rows.append([row["name"], row["stage"] or "–", status, tested if row["stage"] else "–", f"{row['source']} {row['version']}", row["summary"] or "", row["fix"]])
+        rows.append(
+            [
+                row["name"],
+                row["stage"] or "–",
+                status,
+                tested if row["stage"] else "–",
+                f"{row['source']} {row['version']}",
+                row["summary"] or "",
+                row["fix"],
+            ]
+        )
     table = plain_table("", ["technique", "stage", "status", "run on", "source", "what it does", "fix"], rows)
     return Group(table, *(Text(f"! {problem}", style="red") for problem in registry.problems))
 
 
 def profiles_view(rows: list[dict[str, Any]]) -> Any:
     cells = [
-        [row["name"] + (" (this machine)" if row["auto"] else ""), "yes" if row["fits"] else "no", row["problem"] or row["summary"], row["source"]]
+        [
+            row["name"] + (" (this machine)" if row["auto"] else ""),
+            "yes" if row["fits"] else "no",
+            row["problem"] or row["summary"],
+            row["source"],
+        ]
         for row in rows
     ]
     return plain_table("", ["profile", "can run here", "what it is", "source"], cells)
@@ -129,7 +154,9 @@ def profiles_view(rows: list[dict[str, Any]]) -> Any:
 
 def profile_view(profile: Profile) -> Group:
     facts = [[fact.name, str(fact.value), fact.unit, fact.source or "–"] for fact in profile.facts()]
-    defaults = [[name, ", ".join(f"{k}={v}" for k, v in default.options.items()), default.because] for name, default in profile.defaults.items()]
+    defaults = [
+        [name, ", ".join(f"{k}={v}" for k, v in default.options.items()), default.because] for name, default in profile.defaults.items()
+    ]
     tasks = [[name, str(task.batch_size), str(task.sequence_length), task.because] for name, task in profile.tasks.items()]
     return Group(
         Text(f"{profile.name}: {profile.summary}", style="bold"),
@@ -149,4 +176,6 @@ def doctor_rows(found: list[Check], registry: Registry) -> list[dict[str, Any]]:
 
 
 def doctor_view(rows: list[dict[str, Any]]) -> Any:
-    return plain_table("", ["check", "status", "found", "what to do"], [[row["name"], row["status"], row["detail"], row["fix"] or ""] for row in rows])
+    return plain_table(
+        "", ["check", "status", "found", "what to do"], [[row["name"], row["status"], row["detail"], row["fix"] or ""] for row in rows]
+    )

@@ -77,7 +77,9 @@ def quality_cell(metric: Record | None, show: Any, digits: int, scale: float = 1
 def proof_rows(record: Record) -> list[list[str]]:
     """Plan, technique, verdict and evidence of every technique in every arm."""
     return [
-        [arm["name"], name, proof["verdict"], str(proof["summary"])] for arm in record["arms"] for name, proof in arm.get("proof", {}).items()
+        [arm["name"], name, proof["verdict"], str(proof["summary"])]
+        for arm in record["arms"]
+        for name, proof in arm.get("proof", {}).items()
     ]
 
 

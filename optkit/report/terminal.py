@@ -31,7 +31,9 @@ def record_view(record: Record, show: int = 0) -> Group:
     if extra:
         parts.append(plain_table("further metrics", ["plan", "metric", "value"], extra))
     parts += [Text(f"· {note}", style="dim") for note in [*footnotes(record), *origin(record)]]
-    parts += [Text(f"! {arm['name']}: {arm['state']}: {clean(arm['reason'], 300)}", style="red") for arm in record["arms"] if arm["state"] != "ok"]
+    parts += [
+        Text(f"! {arm['name']}: {arm['state']}: {clean(arm['reason'], 300)}", style="red") for arm in record["arms"] if arm["state"] != "ok"
+    ]
     if show:
         parts.append(outputs(record, show))
     return Group(*parts)
@@ -88,7 +90,9 @@ def origin(record: Record) -> list[str]:
     sources = [arm.get("predictions_from") for arm in record["arms"] if "predictions_from" in arm]
     kept = sources.count("memo")
     if kept:
-        notes.append(f"predictions of {kept} of {len(sources)} plans from the memo, {record['saved_seconds']:.1f} s saved; --force-recompute computes them again")
+        notes.append(
+            f"predictions of {kept} of {len(sources)} plans from the memo, {record['saved_seconds']:.1f} s saved; --force-recompute computes them again"
+        )
     return notes
 
 

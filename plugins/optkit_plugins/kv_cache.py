@@ -62,7 +62,9 @@ def configure(options: KvCacheOptions, task: Task, machine: Machine) -> Claims:
         settings=tuple(Setting(name=name, value=value, because=REASONS[options.kind], strength="must") for name, value in values.items()),
         limits=(Limit(name="generate.prompt_lookup_tokens", allowed=(None,), because=f"a {options.kind} cache cannot take tokens back"),),
         # on CUDA ``generate`` compiles the step over a static cache, and a hook in the forward pass breaks its graph
-        refuses=frozenset({"draft-tokens", "python-in-forward"} if options.kind == "static" and machine.device == "cuda" else {"draft-tokens"}),
+        refuses=frozenset(
+            {"draft-tokens", "python-in-forward"} if options.kind == "static" and machine.device == "cuda" else {"draft-tokens"}
+        ),
         lossy=options.kind in ("quantized", "sliding"),
         problem=problem,
     )

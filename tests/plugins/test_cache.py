@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from optkit_plugins import cache
 
 from optkit import TransformersEngine
 from optkit.errors import PlanConflict
+from optkit_plugins import cache
 from tests.plugins.tiny import plain_greedy, ragged_prompts, tiny_model
 
 

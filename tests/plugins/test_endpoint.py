@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from optkit import OptkitError, UnavailableError
 from optkit_plugins import endpoint as plugin
 from optkit_plugins._openai import Client, check_url
 from optkit_plugins._openai_engine import OpenAIEngine
-
-from optkit import OptkitError, UnavailableError
 from tests.plugins.tiny import tiny_model
 
 Reply = Callable[["FakeServer", BaseHTTPRequestHandler, dict[str, Any]], None]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from optkit_plugins import gqa
-from optkit_plugins._head_alignment import group
 
 from optkit import UsageError
+from optkit_plugins import gqa
+from optkit_plugins._head_alignment import group
 from tests.plugins.tiny import plain_greedy, ragged_prompts, tiny_model
 
 IDS = torch.tensor([[5, 9, 77, 31, 4, 100, 63, 12, 8, 55]])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from optkit.machine import detect
 from tests.plugins.four_bit import NF4, apply, by_definition, check_every_layer, check_saved_folder, plugin, seen_weight, torch, weights
 from tests.plugins.tiny import tiny_model
 
@@ -123,8 +124,8 @@ def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
 
 def test_training_needs_an_adapter() -> None:
     technique = plugin("nf4")
-    assert technique.configure(options=technique.technique.options(), task="train").needs == {"adapter"}
-    claims = technique.configure(options=technique.technique.options(), task="generate")
+    assert technique.configure(options=technique.technique.options(), task="train", machine=detect()).needs == {"adapter"}
+    claims = technique.configure(options=technique.technique.options(), task="generate", machine=detect())
     assert not claims.needs and claims.weight_bits == 4.5
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from optkit_plugins import offload
 
 from optkit import Machine, TransformersEngine, UsageError
 from optkit.modules import plain_tensors, stored_bytes
+from optkit_plugins import offload
 from tests.plugins.tiny import KINDS, plain_greedy, ragged_prompts, tiny_model
 
 IDS = torch.tensor([[5, 9, 77, 31, 4, 100, 63, 12, 8, 55]])

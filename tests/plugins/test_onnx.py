@@ -12,9 +12,8 @@ import pytest
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
 
-from optkit_plugins import onnx as plugin
-
 from optkit import Machine, ModelSource, OptkitError, Settings, TrialContext, UnavailableError
+from optkit_plugins import onnx as plugin
 from tests.plugins.tiny import VOCAB, plain_greedy, ragged_prompts, tiny_model
 
 CPU = Machine("cpu", "cpu", 1, None, 2**34, 2**34, "cpu", 2)

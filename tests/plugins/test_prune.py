@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from optkit_plugins import prune
 
 from optkit import UsageError
 from optkit.modules import linears
+from optkit_plugins import prune
 from tests.plugins.tiny import ragged_prompts, tiny_model
 
 IDS = torch.tensor([[5, 9, 77, 31, 4, 100, 63, 12, 8, 55]])

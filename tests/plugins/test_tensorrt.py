@@ -7,9 +7,9 @@ import types
 from typing import Any
 
 import pytest
-from optkit_plugins import tensorrt as plugin
 
 from optkit import UnavailableError
+from optkit_plugins import tensorrt as plugin
 from tests.plugins.tiny import plain_greedy, ragged_prompts, tiny_model
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from optkit_plugins import vllm as plugin
 
 from optkit import ModelSource, OptkitError, UnavailableError, UsageError
+from optkit_plugins import vllm as plugin
 from tests.plugins.tiny import TinyTokenizer
 
-STANDIN = '''
+STANDIN = """
     import json, os, signal, subprocess, sys
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -61,7 +61,7 @@ STANDIN = '''
 
     port = int(arguments[arguments.index("--port") + 1])
     ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
-'''
+"""
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from torch import nn
 
 from optkit.modules import replace
 from optkit_plugins.kernels import weight_only_formats as formats
+from optkit_plugins.kernels import weight_only_launch
 from optkit_plugins.kernels.weight_only import WeightOnlyLinear
 
 
@@ -30,7 +31,9 @@ def use_fused_kernels(model: nn.Module) -> dict[str, str]:
         if problem:
             left[name] = problem
         else:
-            replace(model, name, make(module).train(module.training))
+            fused = make(module).train(module.training)
+            weight_only_launch.make_tables(fused.format, fused.words.device)
+            replace(model, name, fused)
     return left
 
 

@@ -198,6 +198,15 @@ def _kind_and_table(packed: Packed, x: torch.Tensor, pairs: bool) -> tuple[int, 
     return kernel.PAIRS.value if pairs else kernel.PERMUTE.value, *_lookup(packed.format, x.dtype, pairs, x.device)
 
 
+def make_tables(format: str, device: torch.device) -> None:
+    """Put a format's lookup tables on the device now: made while a CUDA graph is recorded, they would lie in its memory pool."""
+    if format in TABLES:
+        _values(format, device)
+        for dtype in (torch.bfloat16, torch.float16):
+            for pairs in (False, True):
+                _lookup(format, dtype, pairs, device)
+
+
 @lru_cache
 def _lookup(format: str, dtype: torch.dtype, pairs: bool, device: torch.device) -> tuple[torch.Tensor, float]:
     """The lookup table on the device: all pairs, or the permutes' eight words, 32 times each (a copy for every lane)."""
