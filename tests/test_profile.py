@@ -123,7 +123,7 @@ def test_a_t4_has_float16_and_neither_bf16_nor_fp8() -> None:
 
 
 def test_defaults_keep_the_file_s_order() -> None:
-    assert list(load_profile("cpu").defaults) == ["flash", "compile", "int8"]
+    assert list(load_profile("cpu").defaults) == ["flash", "int8"]
     assert all(default.options == {} for default in load_profile("cpu").defaults.values())
 
 
@@ -263,11 +263,11 @@ def test_a_profile_extends_another(tmp_path: Path) -> None:
 def test_what_was_taken_out_stays_out_further_on(tmp_path: Path) -> None:
     write(tmp_path, "one", 'extends = "cpu"\nwithout = ["int8"]\n')
     write(tmp_path, "two", 'extends = "one"\n')
-    assert list(load_profile("two", [tmp_path]).defaults) == ["flash", "compile"]
+    assert list(load_profile("two", [tmp_path]).defaults) == ["flash"]
     write(tmp_path, "three", 'extends = "two"\nwithout = ["flash"]\n')
-    assert list(load_profile("three", [tmp_path]).defaults) == ["compile"]
+    assert list(load_profile("three", [tmp_path]).defaults) == []
     write(tmp_path, "four", 'extends = "two"\n[defaults.int8]\n')
-    assert list(load_profile("four", [tmp_path]).defaults) == ["flash", "compile", "int8"]
+    assert list(load_profile("four", [tmp_path]).defaults) == ["flash", "int8"]
 
 
 def test_a_user_s_h200_may_extend_ours_and_comes_before_it(tmp_path: Path) -> None:
