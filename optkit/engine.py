@@ -74,6 +74,8 @@ class TransformersEngine(Engine):
 
     def generate_arguments(self) -> dict[str, Any]:
         """Arguments of ``generate`` that are objects of one call: a cache that transformers has no name for."""
+        if self.trial.settings["generate.cache"] == "quantized":
+            raise UsageError("generate.cache = quantized needs a technique that keeps such a cache; `optkit list-plugins` shows them")
         if self.trial.settings["generate.cache"] == "sliding":
             return {"past_key_values": sliding_cache(self.model, self.trial.settings["generate.cache_window"])}
         return {}
@@ -88,8 +90,6 @@ class TransformersEngine(Engine):
             if settings[name] is not None and (settings["generate.do_sample"] or name not in NEEDS_SAMPLING)
         }
         cache = settings["generate.cache"]
-        if cache == "quantized":
-            raise UsageError("generate.cache = quantized needs a technique that keeps such a cache; `optkit list-plugins` shows them")
         if cache in ("static", "offloaded"):
             wanted["cache_implementation"] = cache
         lookup = settings["generate.prompt_lookup_tokens"]

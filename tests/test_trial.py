@@ -394,6 +394,7 @@ def test_ctrl_c_and_the_death_of_the_caller_orphan_nobody(tmp_path: Path, number
     script = """
         import json, os, signal, sys
         from pathlib import Path
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with it ignored
         from optkit.trial import TrialServer
         with TrialServer(imports=(), log_folder=Path(sys.argv[1])) as server:
             trials = [server.spawn("trial_targets:Target", {}, name="x") for _ in range(2)]

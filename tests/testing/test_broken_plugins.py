@@ -198,7 +198,10 @@ def test_an_interrupt_by_the_user_still_interrupts(optkit_run):
     optkit_run.plugin(
         "slow", "import os, signal, threading\nif os.getppid() == int(os.environ['PARENT']): os.kill(os.getpid(), signal.SIGINT)"
     )
-    code = "from optkit.registry import discover\ntry: discover()\nexcept KeyboardInterrupt: print('interrupted')"
+    code = (
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with it ignored\n"
+        "from optkit.registry import discover\ntry: discover()\nexcept KeyboardInterrupt: print('interrupted')"
+    )
     environment = optkit_run.environment | {"PARENT": str(os.getpid()), "OPTKIT_LOAD_PLUGINS": "slow"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "interrupted\n"
