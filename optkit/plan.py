@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from optkit.errors import PlanConflict, UsageError, did_you_mean
 from optkit.machine import Machine
 from optkit.registry import Registry
-from optkit.settings import Limit, Setting, Settings, resolve
+from optkit.settings import Setting, Settings, resolve
 from optkit.technique import STAGES, Claims, Options, Technique
 
 #: What is read when no technique owns the role.
@@ -191,7 +191,3 @@ def unread_settings(steps: list[Step], settings: Settings) -> list[str]:
                 f"leave out {owner.name}, or {setting.by}"
             )
     return conflicts
-
-
-def limits_of(plan: Plan) -> list[Limit]:
-    return [limit for step in plan.steps for limit in step.claims.limits]

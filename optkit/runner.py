@@ -149,7 +149,7 @@ class Runner:
             else:
                 self._work(batch)
         kernels = {event.key[:200]: event.count for event in seen.key_averages()}
-        self.session._share(kernels=kernels)
+        self.session.share(kernels=kernels)
         return kernels
 
     def prove(self, baseline: dict[str, Any] | None) -> dict[str, Any]:

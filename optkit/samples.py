@@ -61,10 +61,6 @@ class SampleSet:
         return digest([sample.digest for sample in self.samples])
 
     @property
-    def has_answers(self) -> bool:
-        return any(sample.answer is not None for sample in self.samples)
-
-    @property
     def has_prompts(self) -> bool:
         return any(sample.text is None for sample in self.samples)
 

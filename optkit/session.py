@@ -57,7 +57,7 @@ class Session:
         from optkit import loading
 
         started = time.perf_counter()
-        self._share(tokenizer=tokenizer if tokenizer is not None else loading.load_tokenizer(self.source))
+        self.share(tokenizer=tokenizer if tokenizer is not None else loading.load_tokenizer(self.source))
         if model is None:
             owner = self.plan.owner("load")
             hook = self.registry.hook(owner.name, "load_model") if owner else None
@@ -94,14 +94,15 @@ class Session:
                 raise OptkitError(f"{owner.name} owns the role 'engine' and built none; report this to its author")
         else:
             engine = TransformersEngine(self.model, self.core)  # type: ignore[arg-type]
-        self._share(engine=engine)
+        self.share(engine=engine)
         for step in self.plan.steps:
             wrap = self.registry.hook(step.name, "wrap_engine")
             if wrap:
-                self._share(engine=wrap(engine=self.engine, trial=self.contexts[step.name]) or self.engine)
+                self.share(engine=wrap(engine=self.engine, trial=self.contexts[step.name]) or self.engine)
         self.seconds["build"] = time.perf_counter() - started
 
-    def _share(self, **values: Any) -> None:
+    def share(self, **values: Any) -> None:
+        """Set what every technique's context sees: the tokenizer, the engine, the kernels of a profile."""
         for trial in (self.core, *self.contexts.values(), *self.watched.values()):
             for name, value in values.items():
                 setattr(trial, name, value)

@@ -1,7 +1,7 @@
 """A trial's process: whatever happens in it, the sweep goes on, knows what happened, and finds nothing left of it.
 
 >>> with TrialServer(log_folder=Path("logs")) as server:                      # doctest: +SKIP
-...     trial = server.spawn("optkit.worker:Worker", {"model": "bundled"}, name="nf4")
+...     trial = server.spawn("optkit.runner:main", spec, name="optimized")
 ...     trial.call("load", timeout=600)
 ...     seconds = trial.call("once", timeout=60)
 ...     used = trial.end()

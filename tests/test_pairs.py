@@ -99,7 +99,7 @@ def carry_out(plan, folder, watch=()):
     scores = session.engine.score([prompt + [20, 21, 22] for prompt in PROMPTS], [len(prompt) for prompt in PROMPTS])
     with torch.profiler.profile() as seen:
         session.engine.generate(PROMPTS[:1], new_tokens=2, exact=True)
-    session._share(kernels={event.key: event.count for event in seen.key_averages()})
+    session.share(kernels={event.key: event.count for event in seen.key_averages()})
     return session, rows, scores
 
 

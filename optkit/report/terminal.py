@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optkit.report.rows import COLUMNS, custom_rows, footnotes, proof_rows, table_rows, used_columns
-from optkit.report.text import age, clean, percent
+from optkit.report.text import age, clean
 
 Record = dict[str, Any]
 STYLES = {"active": "green", "no effect": "yellow", "not proven": "red"}
@@ -102,7 +102,3 @@ def outputs(record: Record, show: int) -> Table:
     rows = [list(row) for row in zip(*(values[:show] for values in texts.values()), strict=False)]
     share = f"first {len(rows)} outputs"
     return plain_table(share, list(texts), [["–" if cell is None else clean(cell, 400) for cell in row] for row in rows])
-
-
-def shares(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {percent(value)}" for name, value in values.items())

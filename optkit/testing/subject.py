@@ -125,7 +125,7 @@ class Subject:
                 return Outcome(session, tokens, scores, {})
             with torch.profiler.profile() as seen:
                 session.engine.generate(rows[:1], new_tokens=2, exact=True)
-            session._share(kernels={event.key: event.count for event in seen.key_averages()})
+            session.share(kernels={event.key: event.count for event in seen.key_averages()})
             return Outcome(session, tokens, scores, session.facts())
 
     def close(self) -> None:
