@@ -1,8 +1,9 @@
-"""What optkit itself costs: commands, a memoized run, a memo hit, a fingerprint, a trial's process.
+"""What optkit itself costs in time and memory: commands, a memoized run, a memo hit, a fingerprint, a trial's process.
 
     python -m benchmarks.overhead [--repeats 20] [--output benchmarks/results/overhead.json]
 
-One row a figure: median with its order-statistic interval, n, and the machine. CPU seconds are user + system of the whole process.
+One row a figure: median with its order-statistic interval, n, and the machine. CPU seconds are user + system of the whole process; its
+memory is the peak resident size. A trial's own memory is what its process holds for itself alone, once it has been forked.
 """
 
 from __future__ import annotations
@@ -19,22 +20,34 @@ from pathlib import Path
 
 from optkit.machine import detect
 from optkit.stats import order_statistic_interval
+from optkit.trial import TrialServer
 
 COMMANDS = {
     "--help": ["--help"],
     "list-plugins": ["list-plugins"],
     "plan": ["plan", "--profile", "cpu"],
+    "run, all remembered": ["run", "--profile", "cpu", "--plugins", "", "--repeats", "1", "--limit", "20"],
 }
 
 
-def process_seconds(arguments: list[str], environment: dict[str, str]) -> tuple[float, float]:
-    """Wall and CPU seconds of one ``optkit …`` process."""
-    before = os.times()
+def process_cost(arguments: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
+    """Wall seconds, CPU seconds and peak resident MB of one ``optkit …`` process."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "optkit.cli", *arguments], env=environment, check=True, capture_output=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "optkit.cli", *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - started
-    after = os.times()
-    return wall, after.children_user + after.children_system - before.children_user - before.children_system
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"optkit {' '.join(arguments)} ended with exit code {process.returncode}")
+    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6
+
+
+def private_megabytes(pid: int) -> float:
+    """MB of a process that no other process shares (Linux, ``smaps_rollup``)."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean:", "Private_Dirty:"))) * 1024 / 1e6
 
 
 def row(name: str, unit: str, values: list[float]) -> dict[str, object]:
@@ -46,17 +59,10 @@ def row(name: str, unit: str, values: list[float]) -> dict[str, object]:
 def commands(repeats: int, environment: dict[str, str]) -> list[dict[str, object]]:
     rows = []
     for name, arguments in COMMANDS.items():
-        process_seconds(arguments, environment)
-        measured = [process_seconds(arguments, environment) for _ in range(repeats)]
-        rows += [row(name, "s wall", [wall for wall, _ in measured]), row(name, "s CPU", [cpu for _, cpu in measured])]
-    arguments = ["run", "--profile", "cpu", "--plugins", "", "--repeats", "1", "--limit", "20"]
-    process_seconds(arguments, environment)
-    measured = [process_seconds(arguments, environment) for _ in range(repeats)]
-    return [
-        *rows,
-        row("run, all remembered", "s wall", [wall for wall, _ in measured]),
-        row("run, all remembered", "s CPU", [cpu for _, cpu in measured]),
-    ]
+        process_cost(arguments, environment)
+        costs = zip(*(process_cost(arguments, environment) for _ in range(repeats)), strict=True)
+        rows += [row(name, unit, list(values)) for unit, values in zip(("s wall", "s CPU", "MB"), costs, strict=True)]
+    return rows
 
 
 def repeated(work: Callable[[], object], repeats: int, calls: int = 1) -> list[float]:
@@ -73,7 +79,6 @@ def repeated(work: Callable[[], object], repeats: int, calls: int = 1) -> list[f
 def inside(repeats: int, folder: Path) -> list[dict[str, object]]:
     from optkit.memo import Memo
     from optkit.sources import bundled_folder, folder_digest
-    from optkit.trial import TrialServer
 
     memo = Memo(folder / "memo", warn=print)
     memo.compute("predictions", lambda spec: [{"text": "x" * 200}] * 20, {"a": 1})
@@ -89,7 +94,21 @@ def inside(repeats: int, folder: Path) -> list[dict[str, object]]:
 
         trial()
         rows.append(row("a trial's process, start to end", "s", repeated(trial, repeats)))
+        process = server.spawn("benchmarks.overhead:Nothing", {}, name="nothing")
+        process.call("answer")
+        rows.append(row("a call to a trial, there and back", "s", repeated(lambda: process.call("answer"), repeats, 20)))
+        process.end()
+        rows.append(row("a trial's own memory, no model", "MB", [trial_megabytes(server) for _ in range(repeats)]))
     return rows
+
+
+def trial_megabytes(server: TrialServer) -> float:
+    process = server.spawn("benchmarks.overhead:Nothing", {}, name="nothing")
+    process.call("answer")
+    assert process.pid is not None
+    value = private_megabytes(process.pid)
+    process.end()
+    return value
 
 
 class Nothing:
