@@ -11,6 +11,15 @@ import typer
 from optkit import config
 
 
+def name_plugin_files(context: typer.Context, files: list[Path] | None) -> list[Path] | None:
+    """Loaded by all that this command does, in the processes of its trials too."""
+    if files:
+        from optkit.plugin_loading import name_files
+
+        context.call_on_close(name_files(files))
+    return files
+
+
 def complete_profiles(incomplete: str) -> list[str]:
     from optkit.profile import list_profiles
 
@@ -37,6 +46,17 @@ Plugins = Annotated[
     str | None,
     _option("--plugins", help="Techniques, comma-separated; by default the profile's. '' for none.", autocompletion=complete_plugins),
 ]
+Plan = Annotated[
+    list[str] | None,
+    _option("--plan", help="Measure this plan too, techniques comma-separated; may be repeated.", autocompletion=complete_plugins),
+]
+PluginFile = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--plugin-file", help="Also load the technique of this Python file, without installing it; may be repeated.",
+        envvar="OPTKIT_PLUGIN_FILE", is_eager=True, callback=name_plugin_files,
+    ),
+]  # fmt: skip
 NoPlugin = Annotated[list[str] | None, _option("--no-plugin", help="Leave a technique out.", autocompletion=complete_plugins)]
 Set = Annotated[list[str] | None, _option("--set", help="An option or setting: nf4.blocksize=64, generate.max_new_tokens=32.")]
 Model = Annotated[str | None, _option("--model", help="bundled, a local folder, a hub id, or random:CONFIG.json.")]
@@ -98,12 +118,14 @@ def request(context: typer.Context) -> Any:
     if given.get("format") not in (None, "human", "json"):
         raise UsageError(f"--format {given['format']}: choose human or json")
     plugins = given.get("plugins")
+    plans = [names(text) for text in given.get("plan") or []]
     without = [name for text in given.get("no_plugin") or [] for name in names(text)]
     age = given.get("cache_max_age")
     known = {field.name for field in dataclasses.fields(Request)}
     values = {name: value for name, value in given.items() if name in known and value is not None}
     values |= {
         "plugins": None if plugins is None else names(plugins),
+        "plans": plans,
         "without": without,
         "set": config.parse_pairs(given.get("set") or []),
         "force": bool(given.get("force_recompute")),

@@ -150,6 +150,7 @@ class Work:
 
 
 def model_work(model: Any) -> Work:
+    """Bytes and arithmetic of one forward pass. A module that keeps weights in buffers says how many in ``packed_weights``."""
     from optkit.modules import stored_bytes
 
     config = model.config.get_text_config(decoder=True)
@@ -160,7 +161,8 @@ def model_work(model: Any) -> Work:
     tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is table.weight
     unread = 0 if tied else table.weight.numel()
     dtype_bytes = model.dtype.itemsize if model.dtype.is_floating_point else 2
-    logical = sum(_logical_numel(parameter) for parameter in model.parameters()) - unread
+    packed = sum(getattr(module, "packed_weights", 0) for module in model.modules())
+    logical = sum(_logical_numel(parameter) for parameter in model.parameters()) + packed - unread
     return Work(
         weight_bytes=stored_bytes(model) - unread * table.weight.element_size(),
         parameters=logical,

@@ -23,7 +23,8 @@ DEFAULT_LIMIT = 200
 class Request:
     """What somebody wants measured. Every field has a default; ``origins`` says where a value came from.
 
-    :ivar plugins: technique names, or ``None`` for the profile's. :ivar each: also each technique alone.
+    :ivar plugins: technique names, or ``None`` for the profile's (none where ``plans`` says what to measure).
+    :ivar plans: further plans to measure, names of each. :ivar each: also each technique of ``plugins`` alone.
     :ivar set: options and settings by dotted name. :ivar reference: a plan (names joined by ``+``) that ratios are taken to.
     :ivar timeout: seconds for one step of a trial. :ivar fresh: time again. :ivar force: compute predictions again.
     """
@@ -31,6 +32,7 @@ class Request:
     model: str | None = None
     profile: str = "auto"
     plugins: list[str] | None = None
+    plans: list[list[str]] = field(default_factory=list)
     without: list[str] = field(default_factory=list)
     set: dict[str, Any] = field(default_factory=dict)
     task: str | None = None
@@ -91,19 +93,32 @@ def prepare(request: Request) -> Setup:
         )
     if missing_for(profile, machine, folders) or profile.device != machine.device:
         machine = profile.as_machine(machine)  # a plan for another machine, or for the CPU of a machine that has a GPU
-    choices, wishes = choose(request, profile, task)
+    named, wishes = choose(request, profile, task)
+    choices = [named[name] for name in plan_names(request, profile)]
     baseline = make_plan(registry, machine, task, [], wishes)
     together = make_plan(registry, machine, task, choices, wishes)
     plans = [together] if choices else []
     if request.each and len(choices) > 1:
         plans = [*(plan for choice in choices if (plan := alone(registry, machine, task, choice, wishes))), together]
+    others = [make_plan(registry, machine, task, [named[name] for name in names], wishes) for names in request.plans if names]
     if request.reference:
-        wanted = {choice.name: choice for choice in choices}
-        names = request.reference.replace(",", "+").split("+")
-        rival = make_plan(registry, machine, task, [wanted.get(name, Choice(name)) for name in names], wishes)
-        if rival.name not in {plan.name for plan in plans}:
-            plans.insert(0, rival)
+        rival = make_plan(registry, machine, task, [named[name] for name in reference_names(request)], wishes)
+        others.insert(0, rival)
+    for plan in reversed(others):
+        if plan.name not in {other.name for other in plans}:
+            plans.insert(0, plan)
     return Setup(request, machine, profile, registry, source, samples, task, baseline, plans)
+
+
+def plan_names(request: Request, profile: Profile) -> list[str]:
+    """Techniques of the plan as a whole."""
+    default = [] if request.plans else list(profile.defaults)
+    names = dict.fromkeys(default if request.plugins is None else request.plugins)
+    return [name for name in names if name not in request.without]
+
+
+def reference_names(request: Request) -> list[str]:
+    return request.reference.replace(",", "+").split("+") if request.reference else []
 
 
 def alone(registry: Registry, machine: Machine, task: str, choice: Choice, wishes: list[Setting]) -> Plan | None:
@@ -114,32 +129,36 @@ def alone(registry: Registry, machine: Machine, task: str, choice: Choice, wishe
         return None
 
 
-def choose(request: Request, profile: Profile, task: str) -> tuple[list[Choice], list[Setting]]:
-    """Techniques with options, and settings, each with where it came from."""
+def choose(request: Request, profile: Profile, task: str) -> tuple[dict[str, Choice], list[Setting]]:
+    """Every technique of every plan with its options, by name, and settings, each with where it came from."""
     from optkit.api import split_options
 
     options, wishes = split_options(request.set, origin=request.origins.get("set", "--set"))
     defaults = profile.defaults
-    asked = request.plugins is not None
-    names = list(dict.fromkeys(request.plugins if request.plugins is not None else list(defaults)))
-    choices = []
-    for name in names:
-        if name in request.without:
+    named: dict[str, Choice] = {}
+    for name in [*plan_names(request, profile), *(name for names in request.plans for name in names), *reference_names(request)]:
+        if name in named:
             continue
         base = dict(defaults[name].options) if name in defaults else {}
         origins = dict.fromkeys(base, f"profile {profile.name}")
         mine = options.pop(name, {})
-        because = (
-            f"asked for ({request.origins.get('plugins', '--plugins')})" if asked else f"profile {profile.name}: {defaults[name].because}"
+        named[name] = Choice(
+            name, base | mine, origins | dict.fromkeys(mine, request.origins.get("set", "--set")), why_chosen(name, request, profile)
         )
-        choices.append(Choice(name, base | mine, origins | dict.fromkeys(mine, request.origins.get("set", "--set")), because))
-    if options and not request.origins.get("set", "--set").endswith(
-        (".toml", "]")
-    ):  # a file's options wait for a plan that has use for them
+    from_file = request.origins.get("set", "--set").endswith((".toml", "]"))
+    if options and not from_file:  # a file's options wait for a plan that has use for them
         name = next(iter(options))
-        raise UsageError(f"--set names an option of '{name}', which is not in this plan ({', '.join(names) or 'no techniques'})")
+        raise UsageError(f"--set names an option of '{name}', which is not in this plan ({', '.join(named) or 'no techniques'})")
     wishes += profile_settings(profile, task)
-    return choices, wishes
+    return named, wishes
+
+
+def why_chosen(name: str, request: Request, profile: Profile) -> str:
+    if request.plugins is None and name in plan_names(request, profile):
+        return f"profile {profile.name}: {profile.defaults[name].because}"
+    if name in (request.plugins or []):
+        return f"asked for ({request.origins.get('plugins', '--plugins')})"
+    return f"asked for ({'--plan' if any(name in names for names in request.plans) else '--reference'})"
 
 
 def profile_settings(profile: Profile, task: str) -> list[Setting]:

@@ -127,6 +127,11 @@ class WeightOnlyLinear(nn.Module):
         return cls(packed, linear.bias)
 
     @property
+    def packed_weights(self) -> int:
+        """How many weights the buffers stand for."""
+        return self.out_features * self.in_features
+
+    @property
     def packed(self) -> Packed:
         return Packed(self.format, (self.out_features, self.in_features), self.group, self.words, self.scales, self.zeros)
 
