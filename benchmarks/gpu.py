@@ -1,8 +1,9 @@
-"""Techniques on a GPU: one process, many cases, one line an arm, every record as JSON.
+"""Plans on a GPU beside plain transformers: one process, many cases, one line an arm, every record as JSON.
 
-    python -m benchmarks.gpu --cases small,8b --config Llama-3.1-8B.json --output benchmarks/results/h200.jsonl
+    python -m benchmarks.gpu --cases small,decode-1,decode-64 --config Llama-3.1-8B.json --output benchmarks/results/h200.jsonl
 
-``small`` runs every technique on the bundled model and says which of them work here; the others take random weights of a true shape.
+``small`` runs every technique alone on the bundled model and says which of them work here; the others take random weights of a true shape,
+of which quality says nothing. ``python -m benchmarks.table`` makes the tables of README and docs from the output.
 """
 
 from __future__ import annotations
@@ -19,50 +20,45 @@ import optkit
 from optkit.errors import OptkitError
 from optkit.report.rows import speed_up_cell
 
-ONE_BY_ONE = [
-    "flash",
-    "compile",
-    "nf4",
-    "fp4",
-    "int8",
-    "gqa",
-    "precision",
-    "kv-cache",
-    "sampling",
-    "prune",
-    "batching",
-    "cache",
-    "offload",
-    "onnx",
-]
-TOGETHER = ["precision", "gqa", "prune", "kv-cache", "sampling", "batching", "cache", "offload"]
+ONE_BY_ONE = (
+    "flash", "compile", "nf4", "fp4", "int8", "gqa", "precision", "kv-cache", "sampling", "prune", "batching", "cache", "offload", "onnx",
+    "speculate",
+)  # fmt: skip
 OPTIONS = {
     "kv-cache": {"kv-cache.kind": "static"},
     "sampling": {"sampling.repetition_penalty": 1.2},
     "offload": {"offload.layers": 1},
     "batching": {"batching.kind": "length"},
 }
+DECODE = [["nf4"], ["compile"], ["int8", "compile"], ["nf4", "compile"]]
 
 
-def cases(names: list[str], config: str) -> list[tuple[str, dict[str, Any]]]:
-    """Name and request of each case."""
-    large = {"model": f"random:{config}", "samples": "random:8x128", "repeats": 2, "set": {"generate.max_new_tokens": 64, "batch.size": 1}}
-    table: dict[str, list[tuple[str, dict[str, Any]]]] = {
-        "small": [
-            (name, {"plugins": [name], "repeats": 1, "limit": 64, "set": {"batch.size": 16} | OPTIONS.get(name, {})}) for name in ONE_BY_ONE
-        ],
-        "together": [("together", {"plugins": TOGETHER, "each": True, "repeats": 1, "limit": 16,
-                                   "set": {"batch.size": 16} | {key: value for name in TOGETHER for key, value in OPTIONS.get(name, {}).items()}})],
-        "8b": [("8b, batch 1", large | {"plugins": ["flash", "compile", "nf4"], "each": True})],
-        "8b-fused": [("8b, batch 1, fused nf4", large | {"plugins": ["nf4", "compile"], "repeats": 1, "limit": 2,
-                                                          "set": {"generate.max_new_tokens": 64, "batch.size": 1, "nf4.kernel": "triton"}})],
-        "8b-int8": [("8b int8, batch 1", large | {"plugins": ["int8", "compile"], "each": True})],
-        "8b-64": [("8b, batch 64", large | {"plugins": ["compile", "nf4"], "each": True, "samples": "random:64x128",
-                                             "set": {"generate.max_new_tokens": 128, "batch.size": 64}})],
-        "8b-score": [("8b, scoring", large | {"plugins": ["flash", "compile"], "each": True, "task": "score", "samples": "random:8x2048",
-                                               "set": {"batch.size": 4}})],
+def decode(batch: int, prompt: int = 128, new_tokens: int = 128, plans: list[list[str]] = DECODE) -> dict[str, Any]:
+    return {
+        "samples": f"random:{batch}x{prompt}", "plans": plans, "task": "generate",
+        "set": {"generate.max_new_tokens": new_tokens, "batch.size": batch},
     }  # fmt: skip
-    return [case for name in names for case in table[name]]
+
+
+def cases(names: list[str], config: str, rounds: int) -> list[tuple[str, dict[str, Any]]]:
+    """Name and request of each case."""
+    table: dict[str, dict[str, Any]] = {
+        **{f"decode-{batch}": decode(batch) for batch in (1, 8, 64, 256)},
+        "prefill": decode(4, 4096, 1, [["flash"], ["compile"]]),
+        "long": decode(8, 8064, 128, [["compile"], ["nf4", "compile"]]),
+        "score": {"samples": "random:4x4096", "plans": [["flash"], ["compile"]], "task": "score", "set": {"batch.size": 4}},
+    }
+    found = []
+    for name in names:
+        if name == "small":
+            small = {"repeats": 1, "limit": 64}
+            found += [
+                (one, small | {"plugins": [one], "set": {"batch.size": 1 if one == "speculate" else 16} | OPTIONS.get(one, {})})
+                for one in ONE_BY_ONE
+            ]
+        else:
+            found.append((name, {"model": f"random:{config}", "repeats": rounds} | table[name]))
+    return found
 
 
 def lines(name: str, record: dict[str, Any]) -> None:
@@ -73,11 +69,24 @@ def lines(name: str, record: dict[str, Any]) -> None:
         speed = f"{arm['tokens'] / seconds:9.1f} tok/s" if seconds else "        –      "
         print(
             f"{name:20s} {arm['name']:24s} {arm['state']:8s} {speed} {speed_up_cell(arm, record):34s} "
-            f"{f'{share:.1%} of limit' if share else '':16s} cold {arm['cold_seconds'] or 0:.1f} s {verdicts} {arm['reason']}",
+            f"{f'{share:.1%} of limit' if share else '':16s} cold {arm['cold_seconds'] or 0:.1f}, {arm['cold_again_seconds'] or 0:.1f} s "
+            f"{verdicts} {arm['reason']}",
             flush=True,
         )
         if arm["state"] != "ok":
             print(arm["log"][-1500:], flush=True)
+
+
+class Steps:
+    """Prints what a run does, with the time, so that a slow step can be seen."""
+
+    def __init__(self) -> None:
+        self.begun, self.last = time.monotonic(), ""
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        if text != self.last and not text.startswith("generated"):
+            self.last = text
+            print(f"    {time.monotonic() - self.begun:6.1f} s {done}/{total} {text}", flush=True)
 
 
 def main() -> None:
@@ -86,17 +95,18 @@ def main() -> None:
     parser.add_argument("--profile", default="auto")
     parser.add_argument("--config", default="")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=6, help="process pairs; fewer than 6 give no interval of 95 %%")
     parser.add_argument("--seconds", type=float, default=500, help="no case begins after this long")
     arguments = parser.parse_args()
     started = time.monotonic()
     with arguments.output.open("a") as output:
-        for name, request in cases(arguments.cases.split(","), arguments.config):
+        for name, request in cases(arguments.cases.split(","), arguments.config, arguments.rounds):
             if time.monotonic() - started > arguments.seconds:
                 print(f"{name:20s} not run: the time is up", flush=True)
                 continue
             begun = time.monotonic()
             try:
-                record = optkit.run(profile=arguments.profile, fresh=True, timeout=300.0, warn=print, **request)
+                record = optkit.run(profile=arguments.profile, fresh=True, timeout=300.0, warn=print, progress=Steps(), **request)
             except OptkitError as error:
                 print(f"{name:20s} refused: {error}", flush=True)
                 continue

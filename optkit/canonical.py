@@ -49,12 +49,47 @@ def parse(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def parse_foreign(text: str, *, finite: bool = True) -> Any:
+    """JSON that somebody else wrote; ``ValueError``, in one line, for what readers understand differently or cannot bear.
+
+    That is NaN, a key twice, numbers of thousands of digits, nesting beyond ``MAX_DEPTH``, and half a surrogate pair.
+
+    :param finite: without it the words NaN and Infinity are ``None``: some model configurations hold them.
+    """
+    try:
+        value = (_FOREIGN if finite else _CONFIGURATION).decode(text)
+        if (fault := _fault(value, 0)) is not None:
+            raise ValueError(fault[0])
+        if "\\u" in text:  # the only way to half a pair: text itself was decoded
+            _ENCODER_OF_TEXT.encode(value).encode("utf-8")
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds half a surrogate pair (\\u{ord(error.object[error.start]):04x})") from None
+    except ValueError as error:
+        words = " ".join(str(error).split())
+        raise ValueError(words.partition(";")[0][:160]) from None  # Python's advice on digits is not for users
+    return value
+
+
 def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is no JSON")
 
 
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twin = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"has the key {twin[:60]!r} twice")
+    return value
+
+
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+_ENCODER_OF_TEXT = json.JSONEncoder(ensure_ascii=False)
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_FOREIGN = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_without_twins)
+_CONFIGURATION = json.JSONDecoder(parse_constant=lambda word: None, object_pairs_hook=_without_twins)
 
 
 def _fault(value: Any, depth: int) -> list[str] | None:

@@ -43,13 +43,13 @@ def root(context: typer.Context, version: Annotated[bool, typer.Option("--versio
 @app.command()
 def run(
     context: typer.Context,
-    profile: opt.Profile = "auto", plugins: opt.Plugins = None, no_plugin: opt.NoPlugin = None, set: opt.Set = None,
+    profile: opt.Profile = "auto", plugins: opt.Plugins = None, plan: opt.Plan = None, no_plugin: opt.NoPlugin = None, set: opt.Set = None,
     model: opt.Model = None, task: opt.Task = None, samples: opt.Samples = None, limit: opt.Limit = None, repeats: opt.Repeats = None,
     seed: opt.Seed = 0, each: opt.Each = False, reference: opt.Reference = None, thorough: opt.Thorough = False, shrink: opt.Shrink = False,
     show: opt.Show = 0, fresh: opt.Fresh = False, force_recompute: opt.Force = False, clear_cache: opt.ClearCache = False,
     cache_dir: opt.CacheDir = None, cache_max_age: opt.CacheMaxAge = None, metric: opt.Metric = None, timeout: opt.Timeout = 900.0,
     store_text: opt.StoreText = True, profiles_dir: opt.ProfilesDir = None, dry_run: opt.DryRun = False, format: opt.Format = "human",
-    output: opt.Output = None,
+    output: opt.Output = None, plugin_file: opt.PluginFile = None,
 ) -> None:  # fmt: skip
     """Measure techniques against the untouched model: speed, memory, quality, and proof that each was at work."""
     request = opt.request(context)
@@ -80,7 +80,7 @@ def plan(
     context: typer.Context,
     profile: opt.Profile = "auto", plugins: opt.Plugins = None, no_plugin: opt.NoPlugin = None, set: opt.Set = None,
     model: opt.Model = None, task: opt.Task = None, samples: opt.Samples = None, limit: opt.Limit = None, shrink: opt.Shrink = False,
-    seed: opt.Seed = 0, profiles_dir: opt.ProfilesDir = None, format: opt.Format = "human",
+    seed: opt.Seed = 0, profiles_dir: opt.ProfilesDir = None, format: opt.Format = "human", plugin_file: opt.PluginFile = None,
 ) -> None:  # fmt: skip
     """Show what would run: order, reasons, settings and where each comes from, conflicts, memory."""
     _show_plan(opt.request(context), format)
@@ -100,18 +100,18 @@ def _show_plan(request: Any, format: str) -> None:
 
 
 @app.command("list-plugins")
-def list_plugins(format: opt.Format = "human") -> None:
+def list_plugins(format: opt.Format = "human", plugin_file: opt.PluginFile = None) -> None:
     """Every technique that is installed: stage, version, status, and how to fix one that is not ready."""
     from optkit.registry import discover
-    from optkit.report import plans
+    from optkit.report import plugin
 
     registry = discover()
     if format == "json":
-        typer.echo(json.dumps(plans.plugins_json(registry), indent=2))
+        typer.echo(json.dumps(plugin.plugins_json(registry), indent=2))
     else:
         from optkit.report.terminal import console
 
-        console().print(plans.plugins_view(registry))
+        console().print(plugin.plugins_view(registry))
 
 
 @app.command("list-profiles")
@@ -248,7 +248,7 @@ def export(
     folder: Annotated[str, typer.Argument(help="A new or empty folder for the model.")],
     profile: opt.Profile = "auto", plugins: opt.Plugins = None, no_plugin: opt.NoPlugin = None, set: opt.Set = None, model: opt.Model = None,
     samples: opt.Samples = None, limit: opt.Limit = None, shrink: opt.Shrink = False, seed: opt.Seed = 0, cache_dir: opt.CacheDir = None,
-    timeout: opt.Timeout = 900.0, profiles_dir: opt.ProfilesDir = None, format: opt.Format = "human",
+    timeout: opt.Timeout = 900.0, profiles_dir: opt.ProfilesDir = None, format: opt.Format = "human", plugin_file: opt.PluginFile = None,
 ) -> None:  # fmt: skip
     """Write the optimized model as an ordinary folder, and check that loading it again gives the same scores."""
     from optkit.exporting import export_model

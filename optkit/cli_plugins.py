@@ -29,7 +29,7 @@ def new(
 
 
 @plugins_app.command("check")
-def check(name: Name, set: opt.Set = None, format: opt.Format = "human") -> None:
+def check(name: Name, set: opt.Set = None, format: opt.Format = "human", plugin_file: opt.PluginFile = None) -> None:
     """Run the checks that every technique must pass, on tiny models."""
     from optkit import config
     from optkit.registry import discover
@@ -51,7 +51,8 @@ def check(name: Name, set: opt.Set = None, format: opt.Format = "human") -> None
         typer.echo(json.dumps([vars(result) for result in results], indent=2))
     failed = [result.check for result in results if result.state == "failed"]
     if failed:
-        raise OptkitError(f"{name} fails {len(failed)} of {len(results)} checks: {', '.join(failed)}")
+        hint = "" if set else f"; options that suit tiny models are given with --set {name}.OPTION=VALUE"
+        raise OptkitError(f"{name} fails {len(failed)} of {len(results)} checks: {', '.join(failed)}{hint}")
 
 
 def _options_of(name: str, pairs: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +70,7 @@ def _quiet_libraries() -> None:
     import warnings
 
     os.environ["KINETO_LOG_LEVEL"] = "99"  # torch's profiler writes two lines a pass otherwise
+    os.environ["TQDM_DISABLE"] = "1"
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     import transformers
@@ -77,7 +79,7 @@ def _quiet_libraries() -> None:
 
 
 @plugins_app.command("info")
-def info(name: Name, format: opt.Format = "human") -> None:
+def info(name: Name, format: opt.Format = "human", plugin_file: opt.PluginFile = None) -> None:
     """One technique: status, hooks, options, references, roles, properties, and what it conflicts with here."""
     from optkit.registry import discover
     from optkit.report import plugin

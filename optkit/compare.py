@@ -26,6 +26,7 @@ class Arm:
     """One plan in the comparison, and what was measured of it.
 
     :ivar rounds: seconds of one unit in each round, the mean over the round's turns.
+    :ivar colds: seconds of the first unit of each round's process, compilation included.
     :ivar state: ``ok``, or what happened to it (``failed``, ``oom``, ``crashed``, ``timeout`` …), with ``reason``.
     """
 
@@ -37,6 +38,7 @@ class Arm:
     rounds: list[float] = field(default_factory=list)
     loaded: dict[str, Any] = field(default_factory=dict)
     warm: dict[str, Any] = field(default_factory=dict)
+    colds: list[float] = field(default_factory=list)
     tokens: int = 0
     peak_bytes: int = 0
     joules: list[float] = field(default_factory=list)
@@ -112,8 +114,8 @@ class Comparison:
                 arm.loaded = self._wait(arm) or arm.loaded
                 self._warm(arm)
         else:
-            for method in ("load", "warm"):
-                self._all(alive, method)
+            self._all(alive, "load")
+            self._all(alive, "warm")
         self._step(f"round {number + 1}: timing")
         self._turns([arm for arm in alive if arm.ok])
         if number == 0:
@@ -130,7 +132,9 @@ class Comparison:
         for arm in arms:
             if not self.protocol.at_once:
                 self._start(arm, method)
-            self._wait(arm)
+            answer = self._wait(arm)
+            if method == "warm" and answer:
+                arm.colds.append(answer["cold_seconds"])
 
     def _round_apart(self, number: int, order: list[Arm], inspect: Callable[[Arm], None]) -> None:
         if number == 0:
@@ -182,8 +186,9 @@ class Comparison:
         if arm.ok:
             self._start(arm, "warm")
             answer = self._wait(arm)
-            if answer and not arm.warm:
-                arm.warm = answer
+            if answer:
+                arm.colds.append(answer["cold_seconds"])
+                arm.warm = arm.warm or answer
 
     def _inspect(self, arm: Arm, inspect: Callable[[Arm], None]) -> None:
         self._step(f"evaluating {arm.name}")

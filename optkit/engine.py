@@ -95,6 +95,7 @@ class TransformersEngine(Engine):
         lookup = settings["generate.prompt_lookup_tokens"]
         if lookup:
             wanted["prompt_lookup_num_tokens"] = lookup
+            wanted["max_matching_ngram_size"] = settings["generate.prompt_lookup_ngram"]
         return GenerationConfig(
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens if exact else None,

@@ -39,6 +39,12 @@ class UnavailableError(OptkitError):
     exit_code = 3
 
 
+def quoted(text: str, longest: int = 80) -> str:
+    """What somebody typed, printable, in quotes, and cut where it is long."""
+    shown = repr(text)
+    return shown if len(shown) <= longest else f"{shown[: longest - 2]}…'"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from optkit.plan import Plan
-from optkit.sources import ModelSource
+from optkit.sources import ModelSource, check_config
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+#: Sizes of a configuration that an estimate needs, and others that it reads where they are stated.
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+COUNTS = ("num_key_value_heads", "head_dim", "intermediate_size", "ffn_dim", "n_inner", "num_local_experts")
 #: What CUDA's context and libraries take beside the model.
 CUDA_CONTEXT_BYTES = 600_000_000
 
@@ -54,17 +56,21 @@ def read_config(source: ModelSource) -> dict[str, Any] | None:
     path = Path(source.location) / "config.json" if source.kind == "folder" else Path(source.location)
     if source.kind == "hub" or not path.is_file():
         return None
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config = {**config, **config.get("text_config", {})}
+    config = check_config(path)
+    inner = config.get("text_config")
+    config = {**config, **(inner if isinstance(inner, dict) else {})}
     for name, other in (("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head")):
         if name not in config and other in config:
             config[name] = config[other]
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    if any(not isinstance(config.get(name), int) for name in needed):
+    if any(not _is_count(config.get(name)) for name in NEEDED) or any(config.get(name) and not _is_count(config[name]) for name in COUNTS):
         return None
     if source.shrink:
         config["num_hidden_layers"] = min(2, config["num_hidden_layers"])
     return config
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**40
 
 
 def count_parameters(config: dict[str, Any]) -> int:

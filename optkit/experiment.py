@@ -303,7 +303,7 @@ def preloaded(setup: Setup) -> list[str]:
 
     modules = ["torch", "transformers", "optkit.predictions", "optkit.runner", "optkit.loading", "torch.profiler"]
     modules += [f"transformers.{name}" for name in ("generation.utils", "models.auto.modeling_auto", "models.auto.tokenization_auto")]
-    kind = (read_config(setup.source) or {}).get("model_type", "")
+    kind = str((read_config(setup.source) or {}).get("model_type", ""))
     if kind.isidentifier():
         modules.append(f"transformers.models.{kind}.modeling_{kind}")
     return modules + list(dict.fromkeys(name for plan in setup.plans for step in plan.steps for name in step.technique.preload))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optkit.errors import OptkitError, UnavailableError, UsageError
+from optkit.errors import OptkitError, UnavailableError, UsageError, quoted
 from optkit.samples import Sample
 from optkit.sources import ModelSource, hub_offline_message
 
@@ -38,6 +40,8 @@ def load_model(source: ModelSource, trial: TrialContext) -> PreTrainedModel:
         raise UsageError(
             f"'{folder}' holds no weights (*.safetensors); for random weights of its shape use random:{folder / 'config.json'}"
         )
+    refuse_adapter(source)
+    refuse_unknown_quantization(source, config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.location,
@@ -47,6 +51,8 @@ def load_model(source: ModelSource, trial: TrialContext) -> PreTrainedModel:
             revision=source.revision or "main",
             **arguments,
         )
+    except pickle.UnpicklingError as error:
+        raise UsageError(refused_pickle(source, error)) from None
     except (OSError, ValueError, ImportError) as error:
         raise _load_error(source, error) from error
     torch.set_grad_enabled(False)
@@ -55,6 +61,38 @@ def load_model(source: ModelSource, trial: TrialContext) -> PreTrainedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes repacks weights with it: moved logits, errors on narrow layers
             module.support_avx512bf16_for_cpu = False
     return model.eval()
+
+
+def refuse_adapter(source: ModelSource) -> None:
+    """:raises UsageError: where transformers would add an adapter in silence, and to another model where the adapter names one."""
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        found = find_adapter_config_file(source.location, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise _load_error(source, error) from error
+    if found is not None:
+        raise UsageError(f"'{source.name}' holds an adapter (adapter_config.json); give the model that it was made for")
+
+
+def refuse_unknown_quantization(source: ModelSource, config: Any) -> None:
+    """:raises UsageError: for a method that transformers would skip: packed weights would then be read as if they were plain."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantized = getattr(config, "quantization_config", None)
+    if isinstance(quantized, dict) and not AutoHfQuantizer.supports_quant_method(quantized):
+        method = quoted(str(quantized.get("quant_method")))
+        raise UsageError(f"'{source.name}' says that its weights are quantized by {method}, which transformers does not know")
+
+
+def refused_pickle(source: ModelSource, error: Exception) -> str:
+    """In one line: weights that are a pickle which would run code when it is read."""
+    names = re.findall(r"(?:GLOBAL|global|function|class|type)\s+`?([\w.]+)`?", str(error))
+    what = f" ({names[0]})" if names else ""
+    return (
+        f"'{source.name}' holds weights in a pickle that would run code or is damaged{what}: it was not read; "
+        "take a model with *.safetensors, or convert the file where you trust it"
+    )
 
 
 def random_model(config: Any, trial: TrialContext) -> PreTrainedModel:

@@ -1,20 +1,22 @@
 """Which plugins are loaded, and how foreign code is kept from harming the command that imports it.
 
 A plugin can be switched off (``optkit plugins disable``), left out for one command (``OPTKIT_LOAD_PLUGINS`` lists those that are
-loaded; empty loads none), or tried from a file that is named explicitly (``OPTKIT_PLUGIN_FILE``). No configuration file loads code.
+loaded; empty loads none), or tried from a file that is named explicitly (``--plugin-file``, ``OPTKIT_PLUGIN_FILE``). No configuration
+file loads code.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from optkit.folders import _place, make_private_folder, write_durably
 
 ONLY = "OPTKIT_LOAD_PLUGINS"
 FILES = "OPTKIT_PLUGIN_FILE"
+#: Stands where a distribution has its version.
+A_FILE = "(a file)"
 #: Seconds after which an import counts as hanging.
 IMPORT_TIMEOUT = 30.0
 
@@ -87,17 +91,39 @@ def needs_another_optkit(distribution: importlib.metadata.Distribution) -> str:
     return ""
 
 
+def name_files(files: Iterable[Path]) -> Callable[[], None]:
+    """Name plugin files in the environment, where discovery looks, in the processes of trials too. Gives what puts back what was there.
+
+    :raises UsageError: for a path that a list of paths cannot hold.
+    """
+    paths = [str(path.expanduser().absolute()) for path in files]
+    split = next((path for path in paths if os.pathsep in path), None)
+    if split is not None:
+        raise UsageError(f"plugin file '{split}' has '{os.pathsep}' in its path, which separates files; rename it")
+    before = os.environ.get(FILES)
+    os.environ[FILES] = os.pathsep.join(paths)
+
+    def put_back() -> None:
+        if before is None:
+            os.environ.pop(FILES, None)
+        else:
+            os.environ[FILES] = before
+
+    return put_back
+
+
 def named_files() -> Iterator[Point]:
-    """The files that ``OPTKIT_PLUGIN_FILE`` names. :raises UsageError: for one that is not there."""
-    for text in filter(None, os.environ.get(FILES, "").split(os.pathsep)):
-        path = Path(text).expanduser().absolute()
+    """The files that ``OPTKIT_PLUGIN_FILE`` names, each once. :raises UsageError: for one that is not there."""
+    texts = filter(None, os.environ.get(FILES, "").split(os.pathsep))
+    for path in dict.fromkeys(Path(text).expanduser().absolute() for text in texts):
         if not path.is_file():
-            raise UsageError(f"plugin file '{text}' is not a file; give the path of a Python file with a `technique`")
-        yield Point("", str(path), str(path), "(a file)", functools.partial(load_file, path))
+            raise UsageError(f"plugin file '{path}' is not a file; give the path of a Python file with a `technique`")
+        yield Point("", str(path), str(path), A_FILE, functools.partial(load_file, path))
 
 
 def load_file(path: Path) -> Any:
-    name = f"optkit_plugin_file_{path.stem}"
+    """The file as a module of its own, whatever else is named like it."""
+    name = f"optkit_plugin_file_{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")

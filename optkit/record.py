@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import median
 from typing import Any
 
 from optkit import compare, measure
@@ -29,7 +30,8 @@ def arm_row(arm: compare.Arm, plan: Plan, proof: dict[str, Any]) -> dict[str, An
         "log": arm.log[-4000:],
         "seconds": arm.rounds,
         "tokens": arm.tokens,
-        "cold_seconds": arm.warm.get("cold_seconds"),
+        "cold_seconds": arm.colds[0] if arm.colds else None,
+        "cold_again_seconds": median(arm.colds[1:]) if arm.colds[1:] else None,
         "loaded": arm.loaded,
         "peak_bytes": arm.peak_bytes,
         "joules_per_token": sum(arm.joules) / len(arm.joules) if arm.joules else None,

@@ -41,6 +41,11 @@ class Found:
     fix: str = ""
 
     @property
+    def where(self) -> str:
+        """Distribution and module, or the file."""
+        return self.module if self.version == plugin_loading.A_FILE else f"{self.distribution} ({self.module})"
+
+    @property
     def ready(self) -> Technique:
         """The technique. :raises UnavailableError: naming the distribution, the cause and the way out."""
         if self.status == "ready" and self.technique is not None:
@@ -104,7 +109,7 @@ def checked_claims(row: Found, configure: Callable[..., Any], arguments: dict[st
         raise
     except BaseException as error:
         text = f"plugin '{row.name}' of {row.distribution} {row.version} fails in `configure`: {one_line(error)}. "
-        raise UnavailableError(text + switch_off(row.name, row.distribution)) from error
+        raise UnavailableError(text + switch_off(row.name, row)) from error
 
 
 def discover() -> Registry:
@@ -140,7 +145,7 @@ def _load(point: Point, manager: pluggy.PluginManager) -> Found:
     if point.unfit:
         fix = f"Update {point.distribution}, or install the optkit that it needs, or `optkit plugins disable {quote(name)}`."
         return Found(**facts, status="unavailable", cause=point.unfit, fix=fix)
-    off = switch_off(name, point.distribution)
+    off = switch_off(name, point)
     technique: Technique | None = None
     try:
         plugin = plugin_loading.imported(point)
@@ -179,7 +184,11 @@ def _load(point: Point, manager: pluggy.PluginManager) -> Found:
     return Found(**facts, technique=technique, plugin=plugin, status="ready")
 
 
-def switch_off(name: str, distribution: str) -> str:
+def switch_off(name: str, plugin: Point | Found) -> str:
+    """The ways out of a plugin that fails."""
+    distribution = plugin.distribution
+    if plugin.version == plugin_loading.A_FILE:
+        return f"Fix {distribution}, or leave it out of --plugin-file and {plugin_loading.FILES}."
     return f"Fix or uninstall {distribution}, or `optkit plugins disable {quote(name)}`; for one run --no-plugin {quote(name)}."
 
 
@@ -200,8 +209,10 @@ def hook_problem(plugin: ModuleType, manager: pluggy.PluginManager) -> str:
 
 def _twice(first: Found, second: Found) -> Found:
     both = f"{first.distribution}, {second.distribution}"
-    cause = f"both {first.distribution} ({first.module}) and {second.distribution} ({second.module}) bring a technique of this name"
+    cause = f"both {first.where} and {second.where} bring a technique of this name"
     fix = f"Uninstall one of them, or `optkit plugins disable {quote(second.distribution)}`."
+    if second.version == plugin_loading.A_FILE:
+        fix = f"Give the technique of {second.distribution} another name, or leave the file out."
     return Found(first.name, both, first.version, first.module, "broken", cause=cause, fix=fix)
 
 

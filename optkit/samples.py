@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optkit.canonical import digest
-from optkit.errors import UnavailableError, UsageError
-from optkit.sources import ModelSource, bundled_folder
+from optkit.canonical import digest, parse_foreign
+from optkit.errors import UnavailableError, UsageError, quoted
+from optkit.sources import ModelSource, bundled_folder, user_path
 
 #: Characters of one sample when a plain text file is cut at paragraphs.
 TEXT_SAMPLE_CHARACTERS = 2000
+#: Bytes of a file of samples, which is read whole, and samples and tokens of ``random:``.
+LARGEST_FILE = 2**30
+MOST_RANDOM = (100_000, 1_000_000)
 #: Samples beyond those that are evaluated that techniques may calibrate on.
 CALIBRATION_SAMPLES = 64
 
@@ -80,7 +83,7 @@ def sample_set(text: str | None, source: ModelSource, *, limit: int | None = Non
     elif text.startswith("hf:"):
         samples = dataset_samples(text.removeprefix("hf:"), limit)
     else:
-        samples = file_samples(Path(text).expanduser())
+        samples = file_samples(user_path(text))
     if not samples:
         raise UsageError(f"'{text}' holds no samples")
     evaluated = samples[:limit] if limit is not None else samples
@@ -97,8 +100,8 @@ def others(text: str) -> list[Sample]:
 def bundled_samples(name: str) -> list[Sample]:
     folder = bundled_folder() / "samples"
     path = folder / f"{name}.jsonl"
-    if not path.is_file():
-        raise UsageError(f"no bundled samples named '{name}'; there are {', '.join(sorted(file.stem for file in folder.glob('*.jsonl')))}")
+    if not re.fullmatch(r"[a-z]{1,40}", name) or not path.is_file():
+        raise UsageError(f"no bundled samples named {quoted(name)}; there are {', '.join(sorted(file.stem for file in folder.glob('*.jsonl')))}")
     return jsonl_samples(path)
 
 
@@ -107,12 +110,14 @@ def random_samples(shape: str, name: str = "random") -> list[Sample]:
     if not match or not int(match[1]) or not int(match[2]):
         raise UsageError(f"random:{shape} is not COUNTxTOKENS, such as random:64x128")
     count, tokens = int(match[1]), int(match[2])
+    if count > MOST_RANDOM[0] or tokens > MOST_RANDOM[1]:
+        raise UsageError(f"random:{shape} is more than {MOST_RANDOM[0]:,} samples or {MOST_RANDOM[1]:,} tokens each")
     return [Sample(id=f"{name}/{index}", prompt="", extra={"random_tokens": tokens}) for index in range(count)]
 
 
 def file_samples(path: Path) -> list[Sample]:
     if not path.is_file():
-        raise UsageError(f"no samples at '{path}'; give a .jsonl or text file, bundled, random:COUNTxTOKENS, or hf:NAME")
+        raise UsageError(f"no samples at {quoted(str(path))}; give a .jsonl or text file, bundled, random:COUNTxTOKENS, or hf:NAME")
     if path.suffix in (".jsonl", ".json"):
         return jsonl_samples(path)
     paragraphs = [part.strip() for part in re.split(r"\n\s*\n", read_text(path)) if part.strip()]
@@ -134,21 +139,21 @@ def jsonl_samples(path: Path) -> list[Sample]:
     """One JSON object a line (or one JSON list). :raises UsageError: with the file and the line."""
     content = read_text(path)
     try:
-        rows = json.loads(content) if path.suffix == ".json" else None
-    except (ValueError, RecursionError) as error:
+        rows = parse_foreign(content) if path.suffix == ".json" else None
+    except ValueError as error:
         raise UsageError(f"{path}: not valid JSON ({error})") from None
     if rows is not None and not isinstance(rows, list):
         raise UsageError(f"{path}: a JSON file of samples is a list of objects")
-    numbered = enumerate(rows, 1) if rows is not None else ((n, line) for n, line in enumerate(content.splitlines(), 1) if line.strip())
+    numbered = enumerate(rows, 1) if rows is not None else ((n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip())
     return [sample_from(row, f"{path.name}:{number}") for number, row in numbered]
 
 
 def sample_from(row: Any, where: str) -> Sample:
     if isinstance(row, str):
         try:
-            row = json.loads(row)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{where}: not valid JSON ({' '.join(str(error).split())[:120]})") from None
+            row = parse_foreign(row)
+        except ValueError as error:
+            raise UsageError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise UsageError(f"{where}: a sample is an object with 'prompt', 'messages' or 'text'")
     prompt, answer, text, messages = (row.get(name) for name in ("prompt", "answer", "text", "messages"))
@@ -173,7 +178,10 @@ def check_messages(messages: list[Any], where: str) -> list[dict[str, str]]:
 
 
 def read_text(path: Path) -> str:
+    """:raises UsageError: for what is no UTF-8 or has more bytes than ``LARGEST_FILE``."""
     try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise UsageError(f"'{path}' has {path.stat().st_size:,} bytes, more than the {LARGEST_FILE:,} that are read; split the file")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read '{path}' as UTF-8 text: {error}") from None

@@ -6,7 +6,9 @@ who asked for it. Precedence: flag > must > profile > prefer > default.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -32,10 +34,57 @@ KNOWN: dict[str, tuple[Any, str]] = {
     "generate.num_beams": (1, "beams of beam search"),
     "generate.length_penalty": (None, "exponent on the length in beam search"),
     "generate.prompt_lookup_tokens": (None, "tokens proposed from the prompt a step (speculative decoding)"),
+    "generate.prompt_lookup_ngram": (2, "newest tokens, at most, that a proposal's place in the text must share"),
     "batch.size": (8, "samples a batch"),
     "batch.max_length": (None, "tokens a sample is cut to; default the model's own limit"),
     "train.learning_rate": (None, "Trainer's learning_rate"),
     "train.optim": (None, "Trainer's optim"),
+}
+
+Check = tuple[Callable[[Any], bool], str]
+
+
+def _whole(low: int, high: int) -> Check:
+    return lambda value: type(value) is int and low <= value <= high, f"a whole number from {low:,} to {high:,}"
+
+
+def _number(low: float, high: float) -> Check:
+    """Above ``low``, up to ``high``."""
+    return (
+        lambda value: type(value) in (int, float) and math.isfinite(value) and low < value <= high,
+        f"a number above {low:g}, at most {high:g}",
+    )
+
+
+def _one_of(*values: Any) -> Check:
+    return lambda value: any(type(value) is type(other) and value == other for other in values), ", ".join(map(str, values))
+
+
+#: name -> which values it takes, and that in words. ``None`` is taken where it is the default. A name that is not here takes any.
+ACCEPTS: dict[str, Check] = {
+    "load.dtype": _one_of("float32", "bfloat16", "float16", "float64"),
+    "load.attention": (
+        lambda value: isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_.-]{0,60}", value) is not None,
+        "the name of an implementation that is installed, not a kernel of the hub",
+    ),
+    "load.device_map": (lambda value: isinstance(value, str | dict), "a device, auto, or a mapping module -> device"),
+    "load.trust_remote_code": _one_of(True, False),
+    "generate.cache": _one_of("dynamic", "static", "sliding", "quantized", "offloaded", "off"),
+    "generate.cache_bits": _one_of(2, 4, 8),
+    "generate.cache_window": _whole(1, 10**8),
+    "generate.max_new_tokens": _whole(1, 10**8),
+    "generate.do_sample": _one_of(True, False),
+    "generate.temperature": _number(0, 1e6),
+    "generate.top_k": _whole(1, 10**8),
+    "generate.top_p": _number(0, 1),
+    "generate.repetition_penalty": _number(0, 1e6),
+    "generate.no_repeat_ngram_size": _whole(1, 10**6),
+    "generate.num_beams": _whole(1, 10**4),
+    "generate.length_penalty": _number(-1e6, 1e6),
+    "generate.prompt_lookup_tokens": _whole(1, 10**6),
+    "generate.prompt_lookup_ngram": _whole(1, 10**6),
+    "batch.size": _whole(1, 10**6),
+    "batch.max_length": _whole(1, 10**8),
 }
 
 Strength = Literal["flag", "must", "profile", "prefer", "default"]
@@ -116,12 +165,23 @@ def check_name(name: str) -> str:
     return name
 
 
+def wrong_value(wish: Setting) -> str:
+    """Why a setting cannot have this value, or nothing."""
+    accepts, words = ACCEPTS.get(check_name(wish.name), (None, ""))
+    if accepts is None or accepts(wish.value) or (wish.value is None and KNOWN[wish.name][0] is None):
+        return ""
+    shown = repr(wish.value)
+    return f"setting '{wish.name}' = {shown if len(shown) <= 80 else shown[:79] + '…'} ({wish.by or 'asked for'}): must be {words}"
+
+
 def resolve(wishes: list[Setting], limits: list[Limit]) -> tuple[Settings, list[str]]:
-    """Resolve all wishes.
+    """Resolve all wishes. :raises UsageError: with every value that its setting cannot have.
 
     :return: the settings, and one sentence a conflict: two different musts (or flag against must) for one name, and values that a
         limit does not admit.
     """
+    if wrong := list(dict.fromkeys(filter(None, map(wrong_value, wishes)))):
+        raise UsageError("\n".join(wrong))
     conflicts: list[str] = []
     resolved: dict[str, Setting] = {}
     for name in dict.fromkeys(check_name(wish.name) for wish in wishes):

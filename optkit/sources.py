@@ -9,16 +9,21 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from optkit.canonical import digest
-from optkit.errors import UnavailableError, UsageError
+from optkit import foreign_code
+from optkit.canonical import digest, parse_foreign
+from optkit.errors import UnavailableError, UsageError, quoted
 
 #: How long the hub may take to say which commit is the newest.
 HUB_TIMEOUT_SECONDS = 10.0
+HUB_ID = re.compile(r"\w[\w.-]{0,95}(?<![.-])(/\w[\w.-]{0,95}(?<![.-]))?", re.ASCII)
+#: Bytes of a ``config.json``.
+LARGEST_CONFIG = 2**24
 
 
 @dataclass(frozen=True)
@@ -68,21 +73,37 @@ def model_source(text: str | None, *, shrink: bool = False) -> ModelSource:
         return ModelSource("bundled", "folder", str(bundled_folder()), shrink)
     assert text is not None
     if text.startswith("random:"):
-        path = Path(text.removeprefix("random:")).expanduser()
+        path = user_path(text.removeprefix("random:"))
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
-            raise UsageError(f"'{path}' is not a file; random: takes a model's config.json")
+            raise UsageError(f"{quoted(str(path))} is not a file; random: takes a model's config.json")
         check_config(path)
         return ModelSource(f"random:{path.stem if path.stem != 'config' else path.parent.name}", "random", str(path.resolve()), shrink)
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UsageError(f"'{path}' has no config.json; a local model is a Hugging Face folder")
+            raise UsageError(f"{quoted(str(path))} has no config.json; a local model is a Hugging Face folder")
         check_config(path / "config.json")
+        foreign_code.check_folder(path)
         return ModelSource(path.resolve().name, "folder", str(path.resolve()), shrink)
-    if text.startswith((".", "/", "~")) or path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
-        raise UsageError(f"no model folder at '{text}'; give a Hugging Face folder, a hub id, random:CONFIG.json, or 'bundled'")
+    if path.exists() or not HUB_ID.fullmatch(text):
+        raise UsageError(f"no model folder at {quoted(text)}; give a Hugging Face folder, a hub id, random:CONFIG.json, or 'bundled'")
     return ModelSource(text, "hub", text, shrink)
+
+
+def user_path(text: str) -> Path:
+    """The path that a user names, whether something is there or not.
+
+    :raises UsageError: for what can be no path here: too long, with a NUL, below a file or a folder that may not be read.
+    """
+    try:
+        path = Path(text).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"{quoted(text)} is no path that can be read: {reason}") from None
+    return path
 
 
 def bundled_folder() -> Path:
@@ -93,8 +114,10 @@ def bundled_folder() -> Path:
 def check_config(path: Path) -> dict[str, Any]:
     """The parsed ``config.json``. :raises UsageError: when it is not one."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"it has more than {LARGEST_CONFIG:,} bytes")
+        config = parse_foreign(path.read_text(encoding="utf-8"), finite=False)
+    except (OSError, ValueError) as error:
         raise UsageError(f"'{path}' is not readable JSON: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UsageError(f"'{path}' names no model_type; it is not a transformers config.json")

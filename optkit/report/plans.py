@@ -1,4 +1,4 @@
-"""Plans, plugins, profiles and checks as tables and as JSON."""
+"""Plans, profiles and checks as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from rich.console import Group
 from rich.text import Text
 
 from optkit.estimate import estimate
-from optkit.machine import Machine, detect
 from optkit.plan import Plan
 from optkit.report.terminal import plain_table
 from optkit.report.text import megabytes
@@ -16,7 +15,7 @@ from optkit.report.text import megabytes
 if TYPE_CHECKING:
     from optkit.doctor import Check
     from optkit.profile import Profile
-    from optkit.registry import Found, Registry
+    from optkit.registry import Registry
     from optkit.request import Setup
 
 
@@ -86,59 +85,6 @@ def option_origins(step: Any) -> dict[str, str]:
     return {name: step.choice.origins.get(name, "default") for name in type(step.options).model_fields}
 
 
-def plugins_json(registry: Registry) -> list[dict[str, Any]]:
-    rows = []
-    machine = detect()
-    for row in registry:
-        technique = row.technique
-        problem = set_up_problem(registry, row, machine)
-        rows.append(
-            {
-                "name": row.name, "version": row.version, "source": row.distribution, "module": row.module, "status": "unavailable" if problem else row.status,
-                "cause": problem or row.cause, "fix": row.fix, "stage": technique.stage if technique else None,
-                "summary": technique.summary if technique else None, "lossy": technique.lossy if technique else None,
-                "tasks": sorted(technique.tasks) if technique else [], "tested_on": list(technique.tested_on) if technique else [],
-                "requires": list(technique.requires) if technique else [],
-                "exceptions": dict(technique.exceptions) if technique else {}, "paper": technique.paper if technique else None,
-                "options": {name: {"default": repr(field.default), "description": field.description}
-                            for name, field in technique.options.model_fields.items()} if technique else {},
-            }
-        )  # fmt: skip
-    return rows
-
-
-def set_up_problem(registry: Registry, row: Found, machine: Machine) -> str:
-    """Why a technique that is installed cannot run here as it is: a program, a file or an address that is missing."""
-    configure = registry.hook(row.name, "configure") if row.status == "ready" else None
-    if configure is None or row.technique is None:
-        return ""
-    try:
-        claims = configure(options=row.technique.options(), task="generate", machine=machine)
-    except Exception as error:  # a plugin's own fault, shown as such
-        return f"{type(error).__name__}: {error}"
-    return (claims and claims.problem) or ""
-
-
-def plugins_view(registry: Registry) -> Group:
-    rows = []
-    for row in plugins_json(registry):
-        tested = ", ".join(row["tested_on"]) or "nowhere yet"
-        status = row["status"] if row["status"] == "ready" else f"{row['status']}: {row['cause']}"
-        rows.append(
-            [
-                row["name"],
-                row["stage"] or "–",
-                status,
-                tested if row["stage"] else "–",
-                f"{row['source']} {row['version']}",
-                row["summary"] or "",
-                row["fix"],
-            ]
-        )
-    table = plain_table("", ["technique", "stage", "status", "run on", "source", "what it does", "fix"], rows)
-    return Group(table, *(Text(f"! {problem}", style="red") for problem in registry.problems))
-
-
 def profiles_view(rows: list[dict[str, Any]]) -> Any:
     cells = [
         [
@@ -167,12 +113,15 @@ def profile_view(profile: Profile) -> Group:
 
 
 def doctor_rows(found: list[Check], registry: Registry) -> list[dict[str, Any]]:
+    from optkit.report.plugin import plugins_json
+
+    listed = plugins_json(registry)
     rows = [check.model_dump() for check in found]
     rows += [
-        {"name": f"plugin {row.name}", "status": "warn", "detail": f"{row.status}: {row.cause}", "fix": row.fix}
-        for row in registry if row.status != "ready"
+        {"name": f"plugin {row['name']}", "status": "warn", "detail": f"{row['status']}: {row['cause']}", "fix": row["fix"]}
+        for row in listed["plugins"] if row["status"] != "ready"
     ]  # fmt: skip
-    return rows
+    return rows + [{"name": "plugins", "status": "warn", "detail": problem, "fix": ""} for problem in listed["problems"]]
 
 
 def doctor_view(rows: list[dict[str, Any]]) -> Any:

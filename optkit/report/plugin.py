@@ -1,4 +1,4 @@
-"""One technique as a page: what ``optkit plugins info`` shows."""
+"""Techniques as a list, and one as a page: what ``optkit list-plugins`` and ``optkit plugins info`` show."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from rich.text import Text
 
 from optkit import hookspecs
 from optkit.errors import OptkitError, PlanConflict
-from optkit.machine import detect
+from optkit.machine import Machine, detect
 from optkit.plan import Choice, make_plan
-from optkit.report.plans import set_up_problem
 from optkit.report.terminal import plain_table
 from optkit.report.text import clean
 
@@ -22,6 +21,63 @@ if TYPE_CHECKING:
 
 #: Facts of a technique that are sets of words, as they are shown.
 WORDS = ("roles", "honours", "adds", "needs", "forbids", "refuses", "before", "after", "tasks", "devices", "requires", "tested_on")
+
+
+def plugins_json(registry: Registry) -> dict[str, list[Any]]:
+    """``plugins``: facts of each technique. ``problems``: distributions and switches that could not be read, in words."""
+    machine = detect()
+    return {"plugins": [_row_json(registry, row, machine) for row in registry], "problems": registry.problems}
+
+
+def _row_json(registry: Registry, row: Found, machine: Machine) -> dict[str, Any]:
+    technique = row.technique
+    problem = set_up_problem(registry, row, machine)
+    facts: dict[str, Any] = {
+        "name": row.name, "version": row.version, "source": row.distribution, "module": row.module,
+        "status": "unavailable" if problem else row.status, "cause": problem or row.cause, "fix": row.fix,
+    }  # fmt: skip
+    if technique is None:
+        nothing: dict[str, Any] = {"stage": None, "summary": None, "lossy": None, "tasks": [], "tested_on": [], "requires": []}
+        return facts | nothing | {"exceptions": {}, "paper": None, "options": {}}
+    return facts | {
+        "stage": technique.stage, "summary": technique.summary, "lossy": technique.lossy, "tasks": sorted(technique.tasks),
+        "tested_on": list(technique.tested_on), "requires": list(technique.requires), "exceptions": dict(technique.exceptions),
+        "paper": technique.paper,
+        "options": {name: {"default": repr(field.default), "description": field.description}
+                    for name, field in technique.options.model_fields.items()},
+    }  # fmt: skip
+
+
+def set_up_problem(registry: Registry, row: Found, machine: Machine) -> str:
+    """Why a technique that is installed cannot run here as it is: a program, a file or an address that is missing."""
+    configure = registry.hook(row.name, "configure") if row.status == "ready" else None
+    if configure is None or row.technique is None:
+        return ""
+    try:
+        claims = configure(options=row.technique.options(), task="generate", machine=machine)
+    except OptkitError as error:
+        return str(error)
+    except Exception as error:  # a plugin's own fault, shown as such
+        return f"{type(error).__name__}: {error}"
+    return (claims and claims.problem) or ""
+
+
+def plugins_view(registry: Registry) -> Group:
+    """A row a technique; below it the checks that techniques declare they cannot pass, and what could not be read."""
+    listed = plugins_json(registry)
+    rows, exceptions = [], []
+    for row in listed["plugins"]:
+        tested = ", ".join(row["tested_on"]) or "nowhere yet"
+        status = row["status"] if row["status"] == "ready" else f"{row['status']}: {row['cause']}"
+        rows.append(
+            [row["name"], row["stage"] or "–", status, tested if row["stage"] else "–", f"{row['source']} {row['version']}",
+             row["summary"] or "", row["fix"]]
+        )  # fmt: skip
+        exceptions += [[row["name"], check, reason] for check, reason in row["exceptions"].items()]
+    parts: list[Any] = [plain_table("", ["technique", "stage", "status", "run on", "source", "what it does", "fix"], rows)]
+    if exceptions:
+        parts.append(plain_table("checks that a technique says it cannot pass", ["technique", "check", "because"], exceptions))
+    return Group(*parts, *(Text(f"! {clean(problem, 600)}", style="red") for problem in listed["problems"]))
 
 
 def plugin_json(registry: Registry, row: Found) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from optkit.report.text import megabytes, number, percent, signed
 
 Record = dict[str, Any]
 
-COLUMNS = ("plan", "tokens/s", "× baseline [95 %]", "of limit", "weights", "peak", "perplexity", "exact match", "agreement", "KL")
+COLUMNS = ("plan", "tokens/s", "× baseline [95 %]", "of limit", "weights", "peak", "J/token", "perplexity", "exact match", "agreement", "KL")
 
 
 def table_rows(record: Record) -> list[list[str]]:
@@ -37,6 +37,7 @@ def _row(arm: Record, record: Record) -> list[str]:
         percent(limit / seconds) if limit and seconds else "–",
         megabytes(arm["loaded"].get("bytes")),
         megabytes(arm["peak_bytes"]),
+        number(arm["joules_per_token"]) if arm.get("joules_per_token") else "–",
         quality_cell(quality.get("perplexity"), perplexity_text, 6 if quality.get("perplexity", {}).get("value", 2) < 1.01 else 3),
         quality_cell(quality.get("exact_match"), lambda value: percent(value, 1), 1, scale=100),
         percent(quality["agreement"]["value"], 1) if "agreement" in quality else "–",
@@ -52,13 +53,15 @@ def perplexity_text(value: float) -> str:
 
 
 def speed_up_cell(arm: Record, record: Record) -> str:
-    """``1.94 [1.90, 1.99]``, with ``=`` where no difference may be claimed."""
+    """``1.94 [1.90, 1.99]``, and in words where no difference may be claimed."""
     found = arm.get("speed_up")
     if arm["name"] == record.get("reference"):
         return "1"
     if not found:
         return "–"
     text = f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    if found["coverage"] < 0.95:
+        return f"{text} too few pairs"
     return text if found["differs"] else f"{text} no difference"
 
 
@@ -126,8 +129,20 @@ def footnotes(record: Record) -> list[str]:
             f"others kept up to {max(crowded):.1f} cores busy in {len(crowded)} of {len(record['busy_cores'])} rounds: threads slept while waiting "
             "there (OMP_WAIT_POLICY=passive), and times are longer than on a quiet machine"
         )
+    notes += cold_note(record)
     quality = record["arms"][0].get("quality", {})
     counts = {name: value["n"] for name, value in quality.items() if "n" in value}
     if counts:
         notes.append(", ".join(f"{name.replace('_', ' ')} over {n} samples" for name, n in counts.items()) + "; * beyond chance (p < 0.05)")
     return notes
+
+
+def cold_note(record: Record) -> list[str]:
+    """What plans that compile or start a server take before they are fast, where that is a second more than the baseline takes."""
+    usual = record["arms"][0].get("cold_seconds") or 0.0
+    slow = []
+    for arm in record["arms"]:
+        if (arm.get("cold_seconds") or 0.0) > usual + 1:
+            again = arm.get("cold_again_seconds")
+            slow.append(f"{arm['name']} {arm['cold_seconds']:.1f} s" + (f" ({again:.1f} s in later processes)" if again is not None else ""))
+    return [f"the first batch took {', '.join(slow)}; baseline {usual:.1f} s"] if slow else []

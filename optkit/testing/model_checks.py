@@ -22,7 +22,7 @@ BITS_SLACK = 1.3
 
 
 def check_runs(subject: Subject, kind: str) -> str:
-    """Finite, complete, the same again with the same seed, and the same as plain transformers unless it is declared lossy."""
+    """Finite, complete, the same again, from the engine and from the seed; as plain transformers unless it is declared lossy."""
     import torch
 
     _ready(subject)
@@ -34,6 +34,8 @@ def check_runs(subject: Subject, kind: str) -> str:
         raise CheckFailed(f"{NEW_TOKENS} tokens a prompt were asked for, and it gave {[len(row) for row in outcome.tokens]}")
     if outcome.scores and not all(torch.isfinite(row).all() for row in outcome.scores):
         raise CheckFailed("its scores are not finite")
+    if outcome.again != outcome.tokens and "random-output" not in _properties(subject):
+        raise CheckFailed("asked for the same texts twice, its engine gives others the second time: the first time left something behind")
     again = subject.carry_out(subject.plan(), subject.source(kind), prove=False)
     again.session.close()
     moved = _largest(outcome.scores, again.scores)
@@ -120,7 +122,10 @@ def check_saves(subject: Subject, kind: str) -> str:
     before = plain_scores(model, prompts())
     hook = subject.registry.hook(subject.name, "save_model")
     with tempfile.TemporaryDirectory() as folder:
-        written = hook(model=model, folder=Path(folder), trial=trial) if hook else None
+        try:
+            written = hook(model=model, folder=Path(folder), trial=trial) if hook else None
+        except OptkitError as error:
+            raise CheckFailed(f"it refuses to save a {kind} model: {one_line(error)}") from error
         if not written:
             model.save_pretrained(folder, safe_serialization=True)
         if not any(Path(folder).glob("*.safetensors")):
@@ -143,7 +148,7 @@ def check_combines(subject: Subject) -> str:
     kind = next((kind for kind in KINDS if _runs(subject, kind)), None)
     if kind is None:
         raise NotChecked("it runs on no tiny model")
-    problems, refused, planned, ran = [], 0, 0, 0
+    problems, refused, planned, ran, alone = [], 0, 0, 0, []
     for other in subject.registry:
         if other.name == subject.name or other.status != "ready":
             continue
@@ -158,12 +163,17 @@ def check_combines(subject: Subject) -> str:
         if not _is_partner(subject, other.name, plan):
             planned += 1
             continue
-        problem = _together(subject, other.name, plan, kind)
+        try:
+            problem = _together(subject, other.name, plan, kind)
+        except NotChecked:
+            alone.append(other.name)
+            continue
         problems += [f"with {other.name}: {problem}"] if problem else []
         ran += 1
     if problems:
         raise CheckFailed("; ".join(problems))
-    return f"{ran} run together with it, {planned} planned, {refused} refused with a reason"
+    failing = f", {len(alone)} that fail on the tiny model alone ({', '.join(alone)})" if alone else ""
+    return f"{ran} run together with it, {planned} planned, {refused} refused with a reason{failing}"
 
 
 def _is_partner(subject: Subject, other: str, plan: Plan) -> bool:
@@ -174,7 +184,7 @@ def _is_partner(subject: Subject, other: str, plan: Plan) -> bool:
 
 
 def _together(subject: Subject, other: str, plan: Plan, kind: str) -> str:
-    """What goes wrong with a pair that the plan allows; nothing where the other one fails alone as well."""
+    """What goes wrong with a pair that the plan allows. :raises NotChecked: where the other one fails alone as well."""
     import torch
 
     try:
@@ -183,7 +193,7 @@ def _together(subject: Subject, other: str, plan: Plan, kind: str) -> str:
         try:
             subject.carry_out(subject.plan(other, alone=True), subject.source(kind), prove=False).session.close()
         except Exception:
-            return ""
+            raise NotChecked(one_line(error)) from None
         return f"the plan allows it, and the run does not: {one_line(error)}"
     try:
         if [len(row) for row in outcome.tokens] != [NEW_TOKENS] * len(outcome.tokens):

@@ -28,13 +28,15 @@ class Outcome:
     """What came of one plan on one tiny model.
 
     :ivar tokens: greedy continuations of four prompts, ``NEW_TOKENS`` each. :ivar scores: log probabilities of the prompts' tokens;
-        ``None`` where the engine gives none. :ivar facts: technique -> what ``prove_effect`` says.
+        ``None`` where the engine gives none. :ivar again: the same continuations, asked for a second time; empty where nobody asked.
+    :ivar facts: technique -> what ``prove_effect`` says.
     """
 
     session: Session
     tokens: list[list[int]]
     scores: list[torch.Tensor] | None
-    facts: dict[str, dict[str, Any]]
+    again: list[list[int]] = field(default_factory=list)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,7 +104,10 @@ class Subject:
         return self._known[key]
 
     def carry_out(self, plan: Plan, source: ModelSource, watch: Any = (), *, prove: bool = True) -> Outcome:
-        """Load, transform, build, batch, generate, score; to ``prove``, profile and ask for facts. The technique's errors come through."""
+        """Load, transform, build, batch, generate, score; to ``prove``, generate again, profile and ask for facts.
+
+        The technique's errors come through.
+        """
         import torch
 
         from optkit.session import Session
@@ -122,11 +127,12 @@ class Subject:
             tokens = session.engine.generate(rows, new_tokens=NEW_TOKENS, exact=True)
             scores = None if session.engine.cannot_score else session.engine.score(rows, [1] * len(rows))
             if not prove:
-                return Outcome(session, tokens, scores, {})
+                return Outcome(session, tokens, scores)
+            again = session.engine.generate(rows, new_tokens=NEW_TOKENS, exact=True)
             with torch.profiler.profile() as seen:
                 session.engine.generate(rows[:1], new_tokens=2, exact=True)
             session.share(kernels={event.key: event.count for event in seen.key_averages()})
-            return Outcome(session, tokens, scores, session.facts())
+            return Outcome(session, tokens, scores, again, session.facts())
 
     def close(self) -> None:
         for known in self._known.values():

@@ -79,6 +79,62 @@ def test_a_layer_that_fails_goes_home_all_the_same(make_trial: Any) -> None:
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+def test_two_buffers_take_turns_and_nothing_else_is_allocated(layers: int, make_trial: Any) -> None:
+    """An odd number of layers needs the buffers in another order each pass; whatever the order, outputs stay the same."""
+    model, _ = tiny_model("llama", num_hidden_layers=5)
+    before = logits(model)
+    trial = offloaded(model, make_trial, layers=layers)
+    seen = []
+    for layer in model.model.layers[-layers:]:
+        projection = layer.mlp.up_proj
+        projection.register_forward_pre_hook(lambda module, _: seen.append(module.weight.untyped_storage().data_ptr()))
+    for _ in range(3):
+        assert torch.equal(logits(model), before)
+    buffers = [slot.block.data_ptr() for slot in trial.notes["offloaded"]["ring"].slots]
+    assert len(seen) == 3 * layers and set(seen) == set(buffers) and len(buffers) == min(2, layers)
+    assert seen == [buffers[at % len(buffers)] for at in range(3 * layers)]
+
+
+def test_the_next_layer_is_on_its_way_while_one_computes(make_trial: Any) -> None:
+    model, _ = tiny_model("llama", num_hidden_layers=4)
+    ring = offloaded(model, make_trial, layers=3).notes["offloaded"]["ring"]
+    seen: list[list[int]] = []
+    for layer in model.model.layers[1:]:
+        layer.mlp.register_forward_hook(lambda *_: seen.append([at for at, _ in ring.coming]))
+    logits(model)
+    logits(model)
+    assert seen == [[1], [2], [0], [1], [2], [0]]
+    assert [at for at, _ in ring.coming] == [0, 1], "the next pass's first layers, while the head computes"
+
+
+def test_a_pass_that_breaks_off_leaves_the_next_one_right(make_trial: Any) -> None:
+    model, _ = tiny_model("llama", num_hidden_layers=4)
+    before = logits(model)
+    offloaded(model, make_trial, layers=3)
+    for failing in (1, 2, 3):
+        hook = model.model.layers[failing].mlp.register_forward_hook(lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            logits(model)
+        hook.remove()
+        assert torch.equal(logits(model), before)
+
+
+def test_packed_weights_that_are_buffers_travel(make_trial: Any) -> None:
+    from optkit.modules import linears, replace
+    from optkit_plugins.kernels.weight_only import WeightOnlyLinear
+
+    model, _ = tiny_model("llama")
+    for name, linear in list(linears(model)):
+        replace(model, name, WeightOnlyLinear.from_linear(linear, "int8"))
+    before = logits(model)
+    trial = offloaded(model, make_trial, layers=2)
+    words = model.model.layers[0].mlp.up_proj.words
+    home = trial.notes["offloaded"]["ring"].layers[0].home
+    assert words.untyped_storage().data_ptr() == home.untyped_storage().data_ptr()
+    assert torch.equal(logits(model), before)
+
+
 def test_an_offloaded_model_can_be_saved(make_trial: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -141,7 +197,7 @@ def test_auto_leaves_away_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory)
     monkeypatch.setattr(offload, "FILL", 1.0)
-    for room, expected in ((total, 0), (total - 1, 2), (total - size, 2), (total - size - 1, 3), (total - 9 * size, 4)):
+    for room, expected in ((total, 0), (total - 1, 3), (total - size, 3), (total - size - 1, 4), (total - 9 * size, 4)):
         Memory.available = room - total
         assert offload.layers_that_do_not_fit(model, layers, "cpu") == expected, room - total
 

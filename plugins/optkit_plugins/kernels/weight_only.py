@@ -107,6 +107,7 @@ class WeightOnlyLinear(nn.Module):
         self.register_buffer("scales", packed.scales)
         self.register_buffer("zeros", packed.zeros)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._make_tables()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, format: str = "nf4", group_size: int | None = None) -> WeightOnlyLinear:
@@ -148,7 +149,15 @@ class WeightOnlyLinear(nn.Module):
         super()._apply(fn, recurse)
         if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
+        self._make_tables()
         return self
+
+    def _make_tables(self) -> None:
+        """Put what the kernels look up on the layer's GPU now: made in a first product, it could land in a CUDA graph's memory pool."""
+        if self.words.is_cuda:
+            from optkit_plugins.kernels import weight_only_launch as launch
+
+            launch.make_tables(self.format, self.words.device)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}, group={self.group}"

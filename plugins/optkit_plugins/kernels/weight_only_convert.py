@@ -10,7 +10,6 @@ from torch import nn
 
 from optkit.modules import replace
 from optkit_plugins.kernels import weight_only_formats as formats
-from optkit_plugins.kernels import weight_only_launch
 from optkit_plugins.kernels.weight_only import WeightOnlyLinear
 
 
@@ -31,9 +30,7 @@ def use_fused_kernels(model: nn.Module) -> dict[str, str]:
         if problem:
             left[name] = problem
         else:
-            fused = make(module).train(module.training)
-            weight_only_launch.make_tables(fused.format, fused.words.device)
-            replace(model, name, fused)
+            replace(model, name, make(module).train(module.training))
     return left
 
 
