@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test lint model bench clean
+.PHONY: run test lint model bench faults clean
 
 run: $(VENV)/.installed
 	$(BIN)/optkit run
@@ -19,6 +19,9 @@ model: $(VENV)/.installed
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.overhead
+
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.faults
 
 $(VENV)/bin/python:
 	$(PYTHON) optkit/doctor.py --before-install

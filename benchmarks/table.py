@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from optkit.report import markdown
 from optkit.report.rows import speed_up_cell
 from optkit.report.text import megabytes, number, percent
 
@@ -28,36 +29,33 @@ def read(path: Path) -> dict[str, Record]:
 
 
 def table(record: Record) -> str:
-    rows = [HEAD, tuple("---" for _ in HEAD), *(cells(arm, record) for arm in record["arms"])]
-    machine, libraries, protocol = record["machine"], record["identity"]["libraries"], record["protocol"]
+    machine, libraries, protocol, timed = record["machine"], record["identity"]["libraries"], record["protocol"], record["timed"]
     same = record["baseline_again"]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines += [
-        "",
-        f"{record['model']['name']}, {record['samples']['name']}, {record['timed']['samples']} at once"
-        + (f", {record['timed']['tokens']} new tokens each" if record["timed"]["tokens"] else ", scored")
-        + f"; {machine['name']}, driver {machine['driver'] or '–'}, torch {libraries['torch']}, transformers {libraries['transformers']}; "
-        f"n = {protocol['rounds']} process pairs"
-        + (f"; a second untouched baseline reads {same['ratio']:.3f} [{same['low']:.3f}, {same['high']:.3f}]." if same else "."),
-        "",
+    origin = [
+        f"{record['model']['name']}, {record['samples']['name']}: {timed['samples']} at once, "
+        + (f"{timed['tokens']} new tokens each" if timed["tokens"] else "scored"),
+        f"{machine['name']}, driver {machine['driver'] or 'none'}, torch {libraries['torch']}, transformers {libraries['transformers']}",
+        f"n = {protocol['rounds']} process pairs",
     ]
-    return "\n".join(lines)
+    if same:
+        origin.append(f"a second untouched baseline reads {same['ratio']:.3f} [{same['low']:.3f}, {same['high']:.3f}]")
+    return markdown.table(list(HEAD), [cells(arm, record) for arm in record["arms"]]) + f"\n\n{'; '.join(origin)}.\n\n"
 
 
-def cells(arm: Record, record: Record) -> tuple[str, ...]:
+def cells(arm: Record, record: Record) -> list[str]:
     if arm["state"] != "ok":
-        return (f"`{arm['name']}`", arm["state"], arm["reason"], "–", "–", "–", "–")
+        return [arm["name"], arm["state"], arm["reason"], *["–"] * (len(HEAD) - 3)]
     seconds = median(arm["seconds"])
     again = arm.get("cold_again_seconds")
-    return (
-        f"`{arm['name']}`",
+    return [
+        arm["name"],
         number(arm["tokens"] / seconds),
         speed_up_cell(arm, record),
         percent(arm["limit_seconds"] / seconds, 1) if arm["limit_seconds"] else "–",
         megabytes(arm["loaded"].get("bytes")),
         number(arm["joules_per_token"]) if arm["joules_per_token"] else "–",
         f"{arm['cold_seconds']:.1f} s" + (f", {again:.1f} s" if again is not None else ""),
-    )
+    ]
 
 
 def filled(document: str, records: dict[str, Record]) -> str:

@@ -24,11 +24,13 @@ from typing import Any
 import torch
 
 from optkit_plugins.kernels import weight_only_formats as formats
+from optkit_plugins.kernels.fused_projections import fuse_projections
 from optkit_plugins.kernels.weight_only import WeightOnlyLinear
-from optkit_plugins.kernels.weight_only_launch import Variant, choose, expand, product
+from optkit_plugins.kernels.weight_only_launch import MANY, Variant, choose, expand, product
 
 SHAPES = {"gate_up": (28672, 4096), "down": (4096, 14336), "qkv": (6144, 4096), "o": (4096, 4096), "head": (128256, 4096)}
-BATCHES = (1, 4, 8, 16, 32, 64)
+BATCHES = (1, 4, 8, 16, 32, 48, 64)
+MANY_BATCHES = (65, 512, 2048)
 FORMATS = (("nf4", 64), ("int4", 64), ("int4", 128), ("int8", 0))
 ROTATED_BYTES = 300_000_000
 
@@ -45,39 +47,27 @@ def random_packed(format: str, shape: tuple[int, int], group: int, scale_dtype: 
     return formats.Packed(format, shape, group, words, scales.to(torch.float32 if format == "int8" else scale_dtype), codes)
 
 
-def candidates(format: str, batch: int) -> list[Variant]:
-    """(column warps, row warps, row tiles, column tiles, steps ahead[, slots, splits]) worth a try."""
-    table = format == "nf4"
-    if batch <= 8:
-        cuts = [
-            (4, 1, 1, 8, 1),
-            (4, 1, 1, 4, 1),
-            (4, 1, 1, 2, 2),
-            (4, 1, 1, 2, 3),
-            (4, 1, 2, 2, 0),
-            (1, 4, 2, 2, 1),
-            (8, 1, 1, 4, 1),
-            (2, 2, 1, 2, 2),
-        ]
-        if table:
-            cuts += [
-                (2, 2, 2, 4, 0),
-                (1, 4, 1, 8, 0),
-                (2, 2, 2, 2, 0),
-                (1, 4, 1, 2, 2),
-                (1, 4, 2, 1, 3),
-                (2, 2, 2, 1, 2),
-                (4, 1, 1, 8, 0),
-                (8, 1, 1, 2, 2),
-            ]
-        return [Variant(table, *cut) for cut in cuts if format != "int8" or cut[3] < 8]
-    if batch <= 16:
-        return [
-            Variant(table, *cut)
-            for cut in ((2, 2, 2, 2, 0), (2, 2, 2, 2, 1), (4, 1, 1, 4, 1), (4, 1, 1, 2, 2), (2, 2, 2, 1, 2), (4, 1, 2, 1, 2))
-        ]
-    cuts = [(1, 4, 2, 1, 1), (1, 4, 2, 1, 3), (1, 8, 1, 1, 3), (1, 4, 1, 1, 3)] + ([(1, 8, 2, 1, 2)] if batch > 32 else [])
-    return [Variant(False, *cut, 4, splits) for cut in cuts for splits in (1, 2, 4) if splits == 1 or cut[2] == 1 or batch > 32]
+def candidates(format: str, batch: int, row_tiles: int, blocks: int) -> list[Variant]:
+    """Variants worth a try: (column warps, row warps, row tiles, column tiles, steps ahead[, slots, splits])."""
+    many = row_tiles >= MANY
+    if batch > 16:
+        cuts = [(1, 4, 2, 1, 1, 4, 1), (1, 4, 2, 1, 2, 4, 1), (1, 4, 1, 1, 1, 4, 1), (2, 4, 2, 1, 1, 2, 1)]
+        few = [(1, 4, 1, 1, ahead, 4, splits) for ahead in (1, 2) for splits in (4, 8)] + [(1, 4, 2, 1, 1, 4, 8), (2, 4, 1, 1, 1, 2, 4)]
+        return [Variant(False, *cut) for cut in (cuts if many else few)]
+    if batch > 8:
+        cuts = [(2, 2, 2, 2, 0), (2, 2, 2, 2, 1), (2, 2, 1, 2, 1)] if many else [(4, 1, 1, 4, 1), (4, 1, 1, 4, 0), (4, 1, 1, 2, 2)]
+    elif many:
+        cuts = [(2, 2, 2, 4, 0), (2, 2, 1, 4, 1), (2, 2, 2, 2, 1), (4, 1, 2, 8, 0), (4, 1, 1, 4, 1), (4, 1, 1, 2, 1), (1, 4, 2, 2, 1)]
+    else:
+        cuts = [(4, 1, 1, 8, 0), (4, 1, 1, 8, 1), (4, 1, 1, 4, 1), (8, 1, 1, 4, 1)]
+    return [
+        Variant(pairs, *cut) for cut in cuts for pairs in ((True, False) if format in formats.TABLES else (False,)) if fits(format, cut)
+    ]
+
+
+def fits(format: str, cut: tuple[int, ...]) -> bool:
+    """Whether the loads of a step fit into registers: eight tiles of 4 bits, or four of 8."""
+    return cut[2] * cut[3] <= (4 if format == "int8" else 16)
 
 
 def cases(sweep: bool) -> Iterator[tuple[str, str, int, int, Variant]]:
@@ -87,17 +77,10 @@ def cases(sweep: bool) -> Iterator[tuple[str, str, int, int, Variant]]:
             for batch in BATCHES:
                 chosen = choose(format, batch, rows // 16, columns // 64)
                 yield name, format, group, batch, chosen
-                if sweep and batch != 8 and group != 128 and name not in ("qkv", "head"):
-                    for variant in candidates(format, batch):
-                        if variant != chosen and sensible(variant, rows // 16):
+                if sweep and (format, group) != ("int4", 64):
+                    for variant in candidates(format, batch, rows // 16, columns // 64):
+                        if variant != chosen:
                             yield name, format, group, batch, variant
-
-
-def sensible(variant: Variant, row_tiles: int) -> bool:
-    """Many rows need no help from the columns to fill a GPU, few rows need it."""
-    if row_tiles > 1000:
-        return variant.column_warps <= 4 and variant.splits == 1
-    return variant.column_warps > 1 or variant.splits > 1
 
 
 def error_of(format: str, group: int, batch: int, variant: Variant | None, shape: tuple[int, int], **options: Any) -> float:
@@ -152,6 +135,39 @@ def check_layer() -> list[str]:
             error = ((got.double() - exact).norm() / exact.norm()).item()
             if not error < 6e-3:
                 failures.append(f"{format} compiled, batch {batch}: error {error}")
+    return failures + check_projections()
+
+
+class GateAndUp(torch.nn.Module):
+    """Two layers of one input, as an MLP has them."""
+
+    def __init__(self, format: str | None):
+        super().__init__()
+        linears = [torch.nn.Linear(1024, rows, device="cuda", dtype=torch.bfloat16) for rows in (512, 256)]
+        layers = linears if format is None else [WeightOnlyLinear.from_linear(linear, format) for linear in linears]
+        self.gate_proj, self.up_proj = layers
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.gate_proj(x), self.up_proj(x)
+
+
+def check_projections() -> list[str]:
+    """Gate and up joined into one product, in a CUDA graph, beside two products."""
+    failures = []
+    for format in (None, *formats.FORMATS):
+        torch._dynamo.reset()
+        layers = GateAndUp(format)
+        inputs = {batch: torch.randn(batch, 1024, device="cuda", dtype=torch.bfloat16) for batch in (1, 40)}
+        with torch.inference_mode():
+            apart = {batch: layers(x) for batch, x in inputs.items()}
+            fuse_projections(layers)
+            compiled = torch.compile(layers, fullgraph=True, mode="reduce-overhead")
+            for batch, x in inputs.items():
+                for _ in range(3):
+                    got = compiled(x)
+                errors = [((a - b).double().norm() / b.double().norm()).item() for a, b in zip(got, apart[batch], strict=True)]
+                if not max(errors) < 6e-3:
+                    failures.append(f"joined {format}, batch {batch}: errors {errors}")
     return failures
 
 
@@ -183,7 +199,7 @@ def baselines(shape: tuple[int, int]) -> Iterator[tuple[str, int, float]]:
     """(name, batch, microseconds) of bf16 cuBLAS, and of bitsandbytes where it is installed."""
     copies = max(2, -(-ROTATED_BYTES // (shape[0] * shape[1] * 2)))
     weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(copies)]
-    inputs = {batch: torch.randn(batch, shape[1], device="cuda", dtype=torch.bfloat16) for batch in BATCHES}
+    inputs = {batch: torch.randn(batch, shape[1], device="cuda", dtype=torch.bfloat16) for batch in BATCHES + MANY_BATCHES}
     for batch, x in inputs.items():
         yield "bf16", batch, microseconds(lambda i, x=x: torch.nn.functional.linear(x, weights[i]), copies)
     try:
@@ -195,7 +211,17 @@ def baselines(shape: tuple[int, int]) -> Iterator[tuple[str, int, float]]:
     copies = max(2, -(-ROTATED_BYTES // packed.numel()))
     rotated = [packed.clone() for _ in range(copies)]
     for batch, x in inputs.items():
+        if batch in MANY_BATCHES[1:]:
+            continue
         yield "bitsandbytes", batch, microseconds(lambda i, x=x: bitsandbytes.matmul_4bit(x, rotated[i].t(), quant_state=state), copies, 6)
+
+
+def expanded(weights: list[Any], bf16: dict[int, float], row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows of products for which the weight is expanded first, as for large batches."""
+    for batch in MANY_BATCHES:
+        x = torch.randn(batch, weights[0].shape[1], device="cuda", dtype=torch.bfloat16)
+        time_us = microseconds(lambda i, x=x: torch.nn.functional.linear(x, expand(weights[i], x.dtype)), len(weights))
+        yield row | {"batch": batch, "us": time_us, "gain": bf16[batch] / time_us}
 
 
 def bandwidth() -> float:
@@ -230,6 +256,7 @@ def measure(sweep: bool, seconds: float) -> list[dict[str, Any]]:
                 row["chosen"] = batch not in {b for b, _ in tried}
                 tried.add((batch, variant))
                 rows.append(row)
+            rows.extend(expanded(weights, bf16, {"shape": name, "format": f"{format} expanded", "group": group}))
             del weights
         report([row for row in rows if row["shape"] == name])
     return rows

@@ -89,7 +89,6 @@ def optimize(
     machine = detect()
     if machine.device != model.device.type == "cpu":
         machine = load_profile("cpu").as_machine(machine)  # a model on the CPU of a GPU machine is optimized for the CPU
-    registry = registry or discover()
     options, wishes = split_options(set or {}, origin="set=")
     choices = [Choice(name, options.pop(name, {})) for name in plugins]
     if profile and not plugins:
@@ -101,6 +100,7 @@ def optimize(
         from optkit.errors import UsageError
 
         raise UsageError(f"set= names options of '{next(iter(options))}', which is not among the plugins")
+    registry = registry or discover({choice.name for choice in choices})
     plan = make_plan(registry, machine, task, choices, wishes)
     source = ModelSource(name="given", kind="folder", location=getattr(model.config, "_name_or_path", "") or ".")
     folder = tempfile.mkdtemp(prefix="optkit-")

@@ -282,7 +282,9 @@ def main() -> None:
     try:
         app()
     except OptkitError as error:
-        print(f"optkit: {error}", file=sys.stderr)
+        from optkit.report.text import clean
+
+        print(f"optkit: {clean(error, 20_000)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("optkit: interrupted", file=sys.stderr)

@@ -67,7 +67,7 @@ Repeats = Annotated[int | None, _option("--repeats", help="Process pairs to meas
 Seed = Annotated[int, _option("--seed", help="Seed of everything random.")]
 Each = Annotated[bool, _option("--each", help="Also measure each technique alone.")]
 Reference = Annotated[str | None, _option("--reference", help="Take ratios to this plan instead of the baseline, such as compile+int8.")]
-Thorough = Annotated[bool, _option("--thorough", help="20 process pairs: finds 5 % on a noisy machine.")]
+Thorough = Annotated[bool, _option("--thorough", help="40 process pairs: finds 5 % on a noisy machine.")]
 Shrink = Annotated[bool, _option("--shrink", help="A two-layer version of the same architecture.")]
 Show = Annotated[int, typer.Option("--show", help="Print this many outputs of baseline and optimized side by side.", min=0, max=50)]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure timings again.")]

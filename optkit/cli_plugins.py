@@ -40,11 +40,15 @@ def check(name: Name, set: opt.Set = None, format: opt.Format = "human", plugin_
     options = _options_of(name, config.parse_pairs(set or []))
     _quiet_libraries()
 
+    told: list[str] = []
+
     def show(result: Any) -> None:
         from optkit.report.text import clean
 
         if format == "human":
-            typer.echo(f"{result.state:<12} {result.check:<14} {clean(result.detail, 600)}")
+            long_again = result.detail in told and len(result.detail) > 60
+            typer.echo(f"{result.state:<12} {result.check:<14} {'(as above)' if long_again else clean(result.detail, 600)}")
+            told.append(result.detail)
 
     results = check_technique(name, options, report=show)
     if format == "json":

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from optkit.errors import UsageError, did_you_mean
+from optkit.errors import UsageError, did_you_mean, quoted
 
 #: Keys of the files, named as the flags are.
 KEYS = (
@@ -53,7 +53,7 @@ def parse_pairs(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or "." not in key:
-            raise UsageError(f"--set {pair}: write TECHNIQUE.OPTION=VALUE or GROUP.SETTING=VALUE, such as nf4.blocksize=64")
+            raise UsageError(f"--set {quoted(pair)[1:-1]}: write TECHNIQUE.OPTION=VALUE or GROUP.SETTING=VALUE, such as nf4.blocksize=64")
         values[key.strip()] = parse_value(text.strip())
     return values
 

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from optkit import compare, identity, metrics
+from optkit import compare, foreign_code, identity, metrics
 from optkit.canonical import digest
 from optkit.context import TrialContext
 from optkit.errors import OptkitError, UnavailableError
-from optkit.folders import cache_folder, make_private_folder, records_folder
+from optkit.folders import cache_folder, make_private_folder, records_folder, usable_folder
 from optkit.machine import detect, silent_cpu_fallback
 from optkit.memo import Memo
 from optkit.plan import Plan
@@ -28,6 +28,8 @@ from optkit.store import RecordStore
 #: Samples that are timed at least, and new tokens of each at most. A whole batch is timed in any case.
 TIMED = {"cpu": (8, 32), "cuda": (1, 128)}
 SHOWN_OUTPUTS = 50
+#: Rounds of ``--thorough``: a slow-down of 5 % is found in 9 of 10 runs on a noisy machine (20 rounds find it in 7, tests/test_aa.py).
+THOROUGH_ROUNDS = 40
 #: Share of the device's memory that all arms together may take to be measured in turns.
 FITTING_SHARE = 0.85
 
@@ -55,6 +57,8 @@ class Experiment:
         self.metric = metrics.load_metric(request.metric) if request.metric else None
         self.memo = Memo(cache_folder(request.cache_dir) / "memo", max_age_seconds=request.cache_max_age, warn=request.warn)
         self.store = RecordStore(records_folder(), warn=request.warn)
+        if line := foreign_code_of(setup):
+            request.warn(line)
         self.protocol = protocol_of(request, setup)
         self.identity = identity.base(setup)
         self.specs = {plan.name: identity.of_plan(self.identity, plan, setup) for plan in setup.all_plans}
@@ -118,7 +122,7 @@ class Experiment:
         from optkit.servers import Servers
 
         setup = self.setup
-        cache = cache_folder(self.request.cache_dir)
+        cache = usable_folder(cache_folder(self.request.cache_dir), self.request.warn)
         make_private_folder(cache / "inductor")
         self.folder = new_run_folder(cache)
         environment = {
@@ -146,7 +150,11 @@ class Experiment:
             assert record is not None
             return dict(record)
         row = self._record(comparison, started) | {"busy_cores": servers.busy}
-        self._add_quality(row)
+        fault: OptkitError | None = None
+        try:
+            self._add_quality(row)
+        except OptkitError as error:  # of a plugin's or the user's metric: it must not cost what was measured
+            fault = error
         row = finite(row)
         row["time"] = started
         try:
@@ -154,6 +162,8 @@ class Experiment:
         except OptkitError as error:  # a full disk must not cost what was measured
             row["id"] = None
             self.request.warn(str(error))
+        if fault is not None:
+            raise fault
         row["measured_now"] = True
         return row
 
@@ -282,6 +292,14 @@ class Experiment:
                 quality[name] = {"value": float(value), "n": len(rows)}
 
 
+def foreign_code_of(setup: Setup) -> str:
+    """What the model's folder names and this run leaves out, in one line; nothing where the user allowed it."""
+    source = setup.source
+    if source.kind == "hub" or setup.baseline.settings["load.trust_remote_code"]:
+        return ""
+    return foreign_code.refused(Path(source.location) if source.kind == "folder" else Path(source.location).parent)
+
+
 def measured_quality(rows: Any, samples: list[Sample], baseline: Any, spec: dict[str, Any]) -> dict[str, Any]:
     """The metrics of one arm, in the form that the memo calls."""
     return metrics.quality(rows, samples, baseline)
@@ -311,7 +329,7 @@ def preloaded(setup: Setup) -> list[str]:
 
 def protocol_of(request: Request, setup: Setup) -> compare.Protocol:
     """Rounds and turns, and whether all arms fit the device at once."""
-    rounds = request.repeats or (20 if request.thorough else 6)
+    rounds = request.repeats or (THOROUGH_ROUNDS if request.thorough else 6)
     from optkit.estimate import estimate_bytes
 
     wanted = sum(estimate_bytes(setup.source, plan) or 0 for plan in [setup.baseline, *setup.all_plans])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optkit.errors import OptkitError, UsageError
-from optkit.folders import cache_folder
+from optkit.folders import cache_folder, usable_folder
 from optkit.trial_child import report_progress
 
 #: Samples whose scores are compared before and after, and the difference in nats a token that rounding explains.
@@ -30,7 +30,7 @@ def export_model(request: Any, folder: Path) -> dict[str, Any]:
     setup = prepare(request)
     setup.source = setup.source.resolved()
     plan = setup.plans[-1] if setup.plans else setup.baseline
-    cache = cache_folder(request.cache_dir)
+    cache = usable_folder(cache_folder(request.cache_dir), request.warn)
     experiment = Experiment(setup)
     experiment.folder = new_run_folder(cache)
     spec = experiment.trial_spec(plan)

@@ -11,13 +11,19 @@ optkit's own line: backup programs skip it, and only a folder that bears it is e
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from optkit.errors import OptkitError
+from optkit.errors import OptkitError, quoted
 
+LONGEST_NAME = 1000
+LEAST_FREE_BYTES = 64 * 2**20
+"""What a run's logs and compiled code may take."""
 TAG_NAME = "CACHEDIR.TAG"
 _TAG = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
@@ -39,6 +45,9 @@ def records_folder(chosen: str | os.PathLike[str] | None = None) -> Path:
 
 def _place(chosen: str | os.PathLike[str] | None, variable: str, xdg: str, home: str, own: str) -> Path:
     explicit = chosen or os.environ.get(variable)
+    if explicit and ("\0" in os.fspath(explicit) or len(os.fspath(explicit)) > LONGEST_NAME):
+        limits = f"has at most {LONGEST_NAME:,} characters and no NUL"
+        raise OptkitError(f"a folder's name {limits}: {quoted(os.fspath(explicit))} ({variable}, or the option in its place)")
     try:
         if explicit:
             return Path(explicit).expanduser().absolute()
@@ -50,15 +59,35 @@ def _place(chosen: str | os.PathLike[str] | None, variable: str, xdg: str, home:
 
 def make_private_folder(folder: str | os.PathLike[str]) -> None:
     """Make ``folder`` and its missing parents, each 0700; ``OSError`` where that fails. One that exists is left as it is."""
-    folder = os.path.abspath(folder)
-    if os.path.isdir(folder):
-        return
-    make_private_folder(os.path.dirname(folder))
+    missing = []
+    place = os.path.abspath(folder)
+    while not os.path.isdir(place):
+        missing.append(place)
+        place = os.path.dirname(place)
+    for place in reversed(missing):
+        try:
+            os.mkdir(place, 0o700)
+        except FileExistsError:
+            if not os.path.isdir(place):
+                raise
+
+
+def usable_folder(folder: Path, warn: Callable[[str], None]) -> Path:
+    """``folder``, made private; or a temporary one until this process ends, with a warning, where a run's files have no room there."""
     try:
-        os.mkdir(folder, 0o700)
-    except FileExistsError:
-        if not os.path.isdir(folder):
-            raise
+        make_private_folder(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        free = shutil.disk_usage(folder).free
+        if free >= LEAST_FREE_BYTES:
+            return folder
+        reason = f"{free / 1e6:.1f} MB are free, {LEAST_FREE_BYTES / 1e6:.0f} MB are needed"
+    except OSError as error:
+        reason = str(error.strerror or error)
+    temporary = Path(tempfile.mkdtemp(prefix="optkit-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    warn(f"{folder} cannot take this run's files ({reason}): they go to {temporary} and are removed; --cache-dir chooses another folder")
+    return temporary
 
 
 def make_cache_folder(folder: str | os.PathLike[str]) -> None:

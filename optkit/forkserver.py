@@ -44,6 +44,7 @@ from optkit.processes import (
     die_with_parent,
     kernel_oom_kills,
     kill,
+    outlive_parent,
     strays,
 )
 from optkit.trial_child import cannot_use_fork, report_progress, serve_trial
@@ -115,7 +116,9 @@ class Server:
         """Run until the parent closes its end or is gone. Returns with no trial alive."""
         adopt_orphans()
         self._control.set_inheritable(False)
+        die_with_parent(self._parent)  # while it imports it looks at nothing, and imports take seconds
         failed = _import_all(imports) if self._fork else {}
+        outlive_parent()
         self._helpers = set(strays(keep=()))
         gc.collect()
         gc.freeze()  # the collector of a child then does not touch, and so copy, the pages of what was imported here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 from pathlib import Path
@@ -66,9 +67,38 @@ def _distributions(step: Any) -> list[str]:
 
 
 def plugin_digest(module: Any) -> str:
-    """sha256 over the plugin's package (its module alone where it is not in one): helpers beside it decide values too."""
+    """sha256 over the plugin's package or, where it is not in one, its file and what it imports from beside it: helpers decide values too."""
     path = Path(module.__file__)
-    return source_digest(path.parent) if "." in module.__name__ or path.name == "__init__.py" else _digest_of([path])
+    return source_digest(path.parent) if "." in module.__name__ or path.name == "__init__.py" else _digest_of(with_helpers(path))
+
+
+def with_helpers(path: Path) -> list[Path]:
+    """The file and the files beside it that it imports, directly or not. Of packages beside it, those of a folder where nothing is installed."""
+    found, todo = {path}, [path]
+    while todo:
+        here = todo.pop()
+        for name in _imported_names(here):
+            package = here.parent / name
+            beside = [package.with_suffix(".py")]
+            if "site-packages" not in path.parts and (package / "__init__.py").is_file():
+                beside += package.rglob("*.py")
+            fresh = {file for file in beside if file.is_file()} - found
+            found |= fresh
+            todo += fresh
+    return sorted(found)
+
+
+def _imported_names(path: Path) -> set[str]:
+    """First parts of the names that a file's import statements name, wherever they stand in it."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return set()
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module} if node.module else {alias.name for alias in node.names}
+    return {name.partition(".")[0] for name in names}
 
 
 def source_digest(folder: Path) -> str:

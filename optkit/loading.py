@@ -80,15 +80,21 @@ def refuse_unknown_quantization(source: ModelSource, config: Any) -> None:
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantized = getattr(config, "quantization_config", None)
-    if isinstance(quantized, dict) and not AutoHfQuantizer.supports_quant_method(quantized):
+    if not isinstance(quantized, dict):
+        return
+    try:
+        known = AutoHfQuantizer.supports_quant_method(quantized)
+    except (ValueError, TypeError) as error:
+        raise _load_error(source, error) from error
+    if not known:
         method = quoted(str(quantized.get("quant_method")))
         raise UsageError(f"'{source.name}' says that its weights are quantized by {method}, which transformers does not know")
 
 
 def refused_pickle(source: ModelSource, error: Exception) -> str:
     """In one line: weights that are a pickle which would run code when it is read."""
-    names = re.findall(r"(?:GLOBAL|global|function|class|type)\s+`?([\w.]+)`?", str(error))
-    what = f" ({names[0]})" if names else ""
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    what = f" ({named[1]})" if named else ""
     return (
         f"'{source.name}' holds weights in a pickle that would run code or is damaged{what}: it was not read; "
         "take a model with *.safetensors, or convert the file where you trust it"
@@ -96,13 +102,17 @@ def refused_pickle(source: ModelSource, error: Exception) -> str:
 
 
 def random_model(config: Any, trial: TrialContext) -> PreTrainedModel:
-    """True shapes, random weights, created on the device in the dtype that was asked for."""
+    """True shapes, random weights, created in the dtype that was asked for on the device, or where ``load.device_map`` names another.
+
+    The same seed gives other weights on another device: what is created in host memory is not the baseline's model in its values.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(trial.seed)
     dtype = trial.dtype or getattr(config, "dtype", None) or torch.float32
-    with torch.device(trial.device):
+    placed = trial.settings["load.device_map"]
+    with torch.device(placed if placed == "cpu" else trial.device):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=config._attn_implementation, trust_remote_code=False
         )

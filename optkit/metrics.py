@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from optkit.errors import UsageError
+from optkit.errors import UsageError, quoted
 from optkit.samples import Sample
 from optkit.stats import BOOTSTRAP_SAMPLES, mcnemar, paired_bootstrap, wilson
 
@@ -84,7 +84,9 @@ def load_metric(text: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:
-        raise UsageError(f"--metric {text}: {type(error).__name__}: {error}; give MODULE:FUNCTION of an importable module") from None
+        raise UsageError(
+            f"--metric {quoted(text)[1:-1]}: {type(error).__name__}: {str(error)[:200]}; give MODULE:FUNCTION of an importable module"
+        ) from None
     if not callable(function):
         raise UsageError(f"--metric {text}: not a function")
     return function

@@ -27,6 +27,11 @@ def die_with_parent(parent: int) -> None:
         os._exit(70)
 
 
+def outlive_parent() -> None:
+    """Undo `die_with_parent`, whose signal also comes when the parent's *thread* that made this process ends (Linux; else nothing)."""
+    _prctl(_PR_SET_PDEATHSIG, 0)
+
+
 def adopt_orphans() -> None:
     """Descendants whose own parent ends become children of this process, not of init (Linux; else nothing)."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)

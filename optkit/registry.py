@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -13,7 +13,7 @@ from typing import Any
 import pluggy
 
 from optkit import hookspecs, plugin_loading
-from optkit.errors import OptkitError, UnavailableError, UsageError, did_you_mean
+from optkit.errors import OptkitError, UnavailableError, UsageError, did_you_mean, quoted
 from optkit.plugin_loading import Point, one_line
 from optkit.settings import KNOWN
 from optkit.technique import Claims, Technique
@@ -69,7 +69,7 @@ class Registry:
     def get(self, name: str) -> Found:
         """:raises UsageError: for a name that no entry point has."""
         if name not in self._found:
-            raise UsageError(f"unknown plugin '{name}'{did_you_mean(name, self._found)} `optkit list-plugins` shows all")
+            raise UsageError(f"unknown plugin {quoted(name)}{did_you_mean(name[:64], self._found)} `optkit list-plugins` shows all")
         return self._found[name]
 
     def hook(self, name: str, hook: str) -> Callable[..., Any] | None:
@@ -84,37 +84,57 @@ class Registry:
             answers = caller(**arguments)
             return answers[0] if answers else None
 
-        return call if hook != "configure" else lambda **arguments: checked_claims(self.get(name), call, arguments)
+        if hook not in CHECKED:
+            return call
+        return lambda **arguments: checked(self.get(name), hook, call, arguments)
 
 
-def checked_claims(row: Found, configure: Callable[..., Any], arguments: dict[str, Any]) -> Claims | None:
-    """What ``configure`` answers. It runs in the command's own process, where a plugin's fault must be named and end nothing.
+def checked(row: Found, hook: str, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """What a hook answers that runs in the command's own process, where a plugin's fault must be named and end nothing.
 
-    :raises UnavailableError: naming the plugin, where it fails, exits, or answers with what is no ``Claims``.
+    :raises UnavailableError: naming the plugin, where it fails, exits, or answers with what is not wanted.
     """
     try:
         with plugin_loading.stdout_kept(row.name):
-            claims = configure(**arguments)
-        if claims is None:
-            return None
-        if not isinstance(claims, Claims):
-            raise TypeError(f"it answered with {type(claims).__name__}, and optkit.Claims or None is wanted")
-        named = [setting.name for setting in claims.settings] + [limit.name for limit in claims.limits]
-        unknown = [name for name in named if name not in KNOWN]
-        if unknown:
-            raise ValueError(f"it names the setting '{unknown[0]}', which does not exist{did_you_mean(unknown[0], KNOWN)}")
-        claims.model_dump_json()  # it becomes part of the record
-        return claims
+            return CHECKED[hook](call(**arguments))
     except (OptkitError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        text = f"plugin '{row.name}' of {row.distribution} {row.version} fails in `configure`: {one_line(error)}. "
+        text = f"plugin '{row.name}' of {row.distribution} {row.version} fails in `{hook}`: {one_line(error)}. "
         raise UnavailableError(text + switch_off(row.name, row)) from error
 
 
-def discover() -> Registry:
+def checked_claims(claims: Any) -> Claims | None:
+    if claims is None:
+        return None
+    if not isinstance(claims, Claims):
+        raise TypeError(f"it answered with {type(claims).__name__}, and optkit.Claims or None is wanted")
+    named = [setting.name for setting in claims.settings] + [limit.name for limit in claims.limits]
+    unknown = [name for name in named if name not in KNOWN]
+    if unknown:
+        raise ValueError(f"it names the setting '{unknown[0]}', which does not exist{did_you_mean(unknown[0], KNOWN)}")
+    claims.model_dump_json()  # it becomes part of the record
+    return claims
+
+
+def checked_metrics(metrics: Any) -> dict[str, float]:
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, dict):
+        raise TypeError(f"it answered with {type(metrics).__name__}, and a dictionary of numbers by name is wanted")
+    return {str(name): float(value) for name, value in metrics.items()}
+
+
+#: Hooks that do not run in a trial's process -> what looks at their answer.
+CHECKED: dict[str, Callable[[Any], Any]] = {"configure": checked_claims, "evaluate": checked_metrics}
+
+
+def discover(names: Collection[str] | None = None, *, files: bool = True) -> Registry:
     """Load every entry point of the group ``optkit.techniques`` and every plugin file that was named, each on its own.
 
+    :param names: import these techniques alone: one that is not asked for must not cost anything, least of all where its import cannot be
+        tried in a copy of the process first.
+    :param files: without it, plugin files are looked at only for a name that no entry point has.
     :raises UsageError: for a plugin file that is not there.
     """
     manager = pluggy.PluginManager("optkit")
@@ -122,8 +142,13 @@ def discover() -> Registry:
     switches = plugin_loading.switches()
     found: dict[str, Found] = {}
     problems = list(switches.problems)
-    for point in [*plugin_loading.entry_points(GROUP, problems), *plugin_loading.named_files()]:
+    points = list(plugin_loading.entry_points(GROUP, problems))
+    if files or not set(names or ()) <= {point.name for point in points}:
+        points += plugin_loading.named_files()
+    for point in points:
         off = switches.off(point)
+        if names is not None and point.name and point.name not in names:
+            off = "it was not asked for here", ""
         if off:
             cause, fix = off
             row = Found(point.name, point.distribution, point.version, point.module, "disabled", cause=cause, fix=fix)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optkit.errors import PlanConflict, UsageError
+from optkit.errors import PlanConflict, UsageError, quoted
 from optkit.machine import Machine, detect
 from optkit.plan import Choice, Plan, make_plan
 from optkit.profile import Profile, load_profile, missing_for
@@ -81,12 +81,11 @@ def prepare(request: Request) -> Setup:
     machine = detect()
     folders = [Path(folder) for folder in request.profiles_dir]
     profile = load_profile(request.profile, folders, machine)
-    registry = discover()
     source = model_source(request.model, shrink=request.shrink)
     samples = sample_set(request.samples, source, limit=request.limit or DEFAULT_LIMIT)
     task = request.task or ("generate" if samples.has_prompts else "score")
     if task not in ("generate", "score"):
-        raise UsageError(f"task '{task}' is not run by this version; choose generate or score")
+        raise UsageError(f"task {quoted(task)} is not run by this version; choose generate or score")
     if task == "generate" and not samples.has_prompts:
         raise UsageError(
             "these samples are texts without prompts, which can be scored but not continued; use --task score, or samples with 'prompt'"
@@ -94,6 +93,7 @@ def prepare(request: Request) -> Setup:
     if missing_for(profile, machine, folders) or profile.device != machine.device:
         machine = profile.as_machine(machine)  # a plan for another machine, or for the CPU of a machine that has a GPU
     named, wishes = choose(request, profile, task)
+    registry = discover(named)
     choices = [named[name] for name in plan_names(request, profile)]
     baseline = make_plan(registry, machine, task, [], wishes)
     together = make_plan(registry, machine, task, choices, wishes)

@@ -36,7 +36,8 @@ class Runner:
         self.samples = [Sample(**row) for row in spec["timing_samples"]]
         self.calibration = [Sample(**row) for row in spec["calibration"]]
         folder = tempfile.mkdtemp(prefix="trial-", dir=spec["folder"])  # the parent removes it, whatever happens to this process
-        registry = discover()
+        names = {step["name"] for part in ("plan", "watch") for step in (spec.get(part) or {"steps": ()})["steps"]}
+        registry = discover(names, files=False)
         plan = rebuild_plan(registry, self.machine, spec["plan"])
         watch = rebuild_plan(registry, self.machine, spec["watch"]).steps if spec.get("watch") else ()
         self.session = Session(

@@ -35,6 +35,7 @@ KNOWN: dict[str, tuple[Any, str]] = {
     "generate.length_penalty": (None, "exponent on the length in beam search"),
     "generate.prompt_lookup_tokens": (None, "tokens proposed from the prompt a step (speculative decoding)"),
     "generate.prompt_lookup_ngram": (2, "newest tokens, at most, that a proposal's place in the text must share"),
+    "generate.slots": (None, "sequences decoded at once, at most: a slot whose text has ended takes the next prompt (continuous batching)"),
     "batch.size": (8, "samples a batch"),
     "batch.max_length": (None, "tokens a sample is cut to; default the model's own limit"),
     "train.learning_rate": (None, "Trainer's learning_rate"),
@@ -83,6 +84,7 @@ ACCEPTS: dict[str, Check] = {
     "generate.length_penalty": _number(-1e6, 1e6),
     "generate.prompt_lookup_tokens": _whole(1, 10**6),
     "generate.prompt_lookup_ngram": _whole(1, 10**6),
+    "generate.slots": _whole(1, 10**6),
     "batch.size": _whole(1, 10**6),
     "batch.max_length": _whole(1, 10**8),
 }

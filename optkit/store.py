@@ -25,7 +25,10 @@ SCHEMA = 1
 FILE_NAME = "records.jsonl"
 _OWN = ("schema", "id", "time")
 _ROW_START = re.compile(rb"(?=[0-9a-f]{64} \{)")
-_FIRST_BLOCK, _LARGEST_BLOCK = 2**16, 2**26
+_FIRST_BLOCK, _LARGEST_BLOCK = 2**16, 2**22
+LONGEST_ROW = 2**24
+"""Bytes. A longer line is damage: it is reported, and never in memory as a whole."""
+_TOO_LONG = b"?"
 
 
 class Records(NamedTuple):
@@ -58,6 +61,8 @@ class RecordStore:
             body = canonical_json({**record, "schema": SCHEMA, "id": row_id, "time": time.time()}).encode("ascii")
         except NotCanonical as fault:
             raise OptkitError(f"record not kept: {fault}") from None
+        if len(body) > LONGEST_ROW - 100:
+            raise OptkitError(f"record not kept: it has {len(body):,} bytes, and {LONGEST_ROW:,} is the limit")
         try:
             folders.make_private_folder(self.folder)
             _append_line(self.path, sha256_hex(body).encode("ascii") + b" " + body + b"\n")
@@ -70,11 +75,10 @@ class RecordStore:
         rows: list[dict[str, Any]] = []
         problems: list[str] = []
         with self._opened() as (handle, size):
-            lines = b"".join(reversed([*_blocks_from_end(handle, size)])).split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            found, reasons = _rows(line)
-            rows += found
-            problems += [f"{self.path}:{number}: {reason}" for reason in reasons]
+            for number, line in enumerate(_lines(handle, size), start=1):
+                found, reasons = _rows(line)
+                rows += found
+                problems += [f"{self.path}:{number}: {reason}" for reason in reasons]
         return Records(rows, problems)
 
     def latest(self, match: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
@@ -98,7 +102,7 @@ class RecordStore:
             yield -1, 0
             return
         except OSError as error:
-            raise OptkitError(f"records not read: {self.path}: {error.strerror}") from None
+            raise OptkitError(f"records not read: {self.path}: {error.strerror}; OPTKIT_RECORDS_DIR names another folder") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_SH)
             size = os.fstat(handle).st_size
@@ -139,6 +143,20 @@ def _append_line(path: Path, line: bytes) -> None:
         os.close(handle)
 
 
+def _lines(handle: int, size: int) -> Iterator[bytes]:
+    """The lines of the file's first ``size`` bytes."""
+    rest: list[bytes] = []
+    for start in range(0, size, _LARGEST_BLOCK):
+        rest.append(os.pread(handle, min(_LARGEST_BLOCK, size - start), start))
+        if b"\n" in rest[-1]:
+            *lines, last = b"".join(rest).split(b"\n")
+            yield from lines
+            rest = [last]
+        elif sum(map(len, rest)) > LONGEST_ROW:
+            rest = [_TOO_LONG]
+    yield b"".join(rest)
+
+
 def _blocks_from_end(handle: int, size: int) -> Iterator[bytes]:
     """The file's first ``size`` bytes in growing blocks, the last block first."""
     length = _FIRST_BLOCK
@@ -149,11 +167,16 @@ def _blocks_from_end(handle: int, size: int) -> Iterator[bytes]:
 
 
 def _lines_from_end(handle: int, size: int) -> Iterator[bytes]:
-    tail = b""
+    tail: list[bytes] = []  # the last piece first
     for block in _blocks_from_end(handle, size):
-        tail, *lines = (block + tail).split(b"\n")
-        yield from reversed(lines)
-    yield tail
+        tail.append(block)
+        if b"\n" in block:
+            first, *lines = b"".join(reversed(tail)).split(b"\n")
+            yield from reversed(lines)
+            tail = [first]
+        elif sum(map(len, tail)) > LONGEST_ROW:
+            tail = [_TOO_LONG]
+    yield b"".join(reversed(tail))
 
 
 def _rows(line: bytes) -> tuple[list[dict[str, Any]], list[str]]:

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import pytest
 
 
 def fork(function: Callable[[], object]) -> int:
@@ -102,6 +105,26 @@ def file_size_limit(limit_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def file_system(folder: Path, size: str) -> Iterator[Callable[[], None]]:
+    """A file system of its own at ``folder``, of ``size`` (``200k``), in memory. Gives what makes it read-only. Skips without the right."""
+
+    def mount(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["mount", *arguments, str(folder)], capture_output=True, text=True)
+
+    folder.mkdir(exist_ok=True)
+    try:
+        done = mount("-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs")
+    except OSError as error:
+        pytest.skip(f"a file system cannot be mounted here: {error}")
+    if done.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield lambda: mount("-o", "remount,ro").check_returncode()
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @contextlib.contextmanager

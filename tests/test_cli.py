@@ -87,7 +87,7 @@ def test_wrong_input_is_one_line_with_the_way_out(optkit, arguments, code, words
 
 
 def test_json_is_json_and_tells_status_and_where_it_was_run(optkit):
-    rows = json.loads(optkit("list-plugins", "--format", "json").stdout)
+    rows = json.loads(optkit("list-plugins", "--format", "json").stdout)["plugins"]
     assert {"name", "version", "stage", "source", "status", "cause", "fix", "tested_on"} <= rows[0].keys()
 
 

@@ -21,7 +21,7 @@ from optkit import folders
 from optkit.errors import OptkitError
 from optkit.memo import Memo
 from optkit.memo_entry import Key
-from tests.faults import exit_status, file_size_limit, fork, killed_at_each_line, public_folder, read_only, run_together
+from tests.faults import exit_status, file_size_limit, file_system, fork, killed_at_each_line, public_folder, read_only, run_together
 
 SPEC = {"model": "0f3a", "n": 1}
 VALUE = {"perplexity": 4.69}
@@ -228,6 +228,47 @@ def test_on_a_full_disk_the_result_is_returned_and_the_old_entry_stays(memo, ent
     assert "too large" in warnings[0]
     assert memo.lookup("metrics", SPEC).value == VALUE
     assert sorted(os.listdir(memo.folder)) == names
+
+
+def test_on_a_disk_that_fills_up_results_are_returned_and_what_was_kept_stays(tmp_path):
+    """A true file system of 200 KB: 1,000 results of 2 KB, of which it holds about a tenth."""
+    with file_system(tmp_path / "disk", "200k"):
+        said: list[str] = []
+        memo = Memo(tmp_path / "disk" / "memo", warn=said.append)
+        for number in range(1000):
+            value = memo.compute("metrics", lambda spec: [spec["n"], "x" * 2000], {"n": number})[0]
+            assert value == [number, "x" * 2000]
+        kept = [hit.value[0] for number in range(1000) if (hit := memo.lookup("metrics", {"n": number})) is not None]
+        assert 10 < len(kept) < 100 and kept == list(range(len(kept)))
+        assert len(said) == 1 and "metrics not cached" in said[0] and "No space left on device" in said[0]
+        assert not [name for name in os.listdir(memo.folder) if name.endswith((".tmp", ".lock"))]
+        assert memo.clear() == len(kept)
+        memo.compute("metrics", lambda spec: VALUE, SPEC)
+        assert memo.lookup("metrics", SPEC).value == VALUE
+
+
+def test_a_cache_on_a_read_only_file_system_still_answers(tmp_path):
+    with file_system(tmp_path / "disk", "200k") as make_read_only:
+        memo = Memo(tmp_path / "disk" / "memo", warn=pytest.fail)
+        memo.compute("metrics", lambda spec: VALUE, SPEC)
+        make_read_only()
+        assert memo.lookup("metrics", SPEC).value == VALUE
+        assert_only_returned(memo.folder, "Read-only file system")
+        assert_only_returned(tmp_path / "disk" / "another", "Read-only file system")
+
+
+def test_two_versions_in_many_processes_at_once_get_their_own_values(memo):
+    """What another version of the code computed under the same name in the same moment is never returned: 600 calls."""
+    folder = memo.folder
+
+    def work(version: str) -> None:
+        own = Memo(folder, warn=lambda message: None)
+        for number in range(150):
+            spec = {"model": "0f3a", "n": number % 10, "code": version}
+            force = number % 7 == 0
+            assert own.compute("metrics", lambda spec: f"{spec['code']} {spec['n']}", spec, force=force)[0] == f"{version} {number % 10}"
+
+    assert run_together(*[lambda version=version: work(version) for version in ("old", "new", "old", "new")]) == [0] * 4
 
 
 def test_a_kill_at_any_line_leaves_the_old_entry_or_the_new_one(memo, entry, warnings):

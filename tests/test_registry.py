@@ -89,3 +89,19 @@ def test_an_unknown_name_gets_a_suggestion():
 
 def test_no_technique_that_comes_with_optkit_is_broken():
     assert [(row.name, row.cause) for row in discover() if row.status == "broken"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("raise KeyError('text')", "fails in `evaluate`: KeyError"),
+        ("raise SystemExit(0)", "fails in `evaluate`: SystemExit"),
+        ("return 'good'", "str, and a dictionary of numbers by name is wanted"),
+        ("return {'length': 'long'}", "could not convert string to float"),
+    ],
+)
+def test_a_metric_that_fails_is_named_with_the_way_to_switch_it_off(monkeypatch, site, body, words):
+    install(monkeypatch, site, {"meter": plugin("meter", f"@hookimpl\ndef evaluate(outputs): {body}")})
+    with pytest.raises(UnavailableError, match=words) as caught:
+        discover().hook("meter", "evaluate")(outputs=[], samples=[], trial=None)
+    assert "plugin 'meter' of optkit-fake" in str(caught.value) and "optkit plugins disable meter" in str(caught.value)

@@ -56,3 +56,39 @@ def test_settings_survive_json_and_answer_every_known_name():
     assert dict(again) == dict(settings)
     assert set(again) == set(KNOWN)
     assert "says so" in again.why("generate.cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("batch.size", "x", "a whole number from 1 to 1,000,000"),
+        ("batch.size", 0, "a whole number"),
+        ("batch.size", True, "a whole number"),
+        ("batch.size", None, "a whole number"),
+        ("load.dtype", "load", "float32, bfloat16, float16, float64"),
+        ("load.attention", "org/kernel", "not a kernel of the hub"),
+        ("load.attention", "org--kernel@main:x", "not a kernel of the hub"),
+        ("load.trust_remote_code", 1, "True, False"),
+        ("generate.temperature", float("nan"), "a number above 0"),
+        ("generate.cache", "cash", "dynamic, static, sliding"),
+        ("generate.max_new_tokens", "9" * 500, "a whole number"),
+    ],
+)
+def test_a_value_that_a_setting_cannot_have_is_told_before_anything_runs(name, value, words):
+    with pytest.raises(UsageError) as refused:
+        resolve([wish(value, name=name, by="--set")], [])
+    text = str(refused.value)
+    assert text.startswith(f"setting '{name}' = ") and words in text and "(--set)" in text and len(text) < 400
+
+
+def test_all_wrong_values_are_told_at_once_and_none_is_the_models_own():
+    wrong = [wish("x", name="batch.size"), wish(-1, name="generate.top_k")]
+    with pytest.raises(UsageError) as refused:
+        resolve(wrong, [])
+    assert len(str(refused.value).splitlines()) == 2
+    assert resolve([wish(None, name="load.dtype")], [])[0]["load.dtype"] is None
+
+
+def test_every_default_is_a_value_that_its_setting_takes():
+    for name, (default, _) in KNOWN.items():
+        assert resolve([wish(default, name=name)], [])[0][name] == default

@@ -22,6 +22,7 @@ from optkit.store import RecordStore
 from tests.faults import (
     exit_status,
     file_size_limit,
+    file_system,
     fork,
     has_ended,
     killed_at_each_line,
@@ -309,6 +310,20 @@ def test_on_a_full_disk_the_file_is_as_before(store, room):
     assert store.path.read_bytes() == before
     store.append({"n": "room again"})
     assert store.read().rows[:-1] == rows
+
+
+def test_a_disk_that_fills_up_loses_no_acknowledged_row(tmp_path):
+    with file_system(tmp_path / "disk", "200k"):
+        store = RecordStore(tmp_path / "disk" / "records")
+        ids = []
+        with pytest.raises(OptkitError, match="record not kept: .*No space left on device"):
+            for number in range(1000):
+                ids.append(store.append({"n": number, "text": "x" * 1500}))
+        assert len(ids) > 50
+        with pytest.raises(OptkitError, match="No space left"):
+            store.append({"n": "again", "text": "x" * 10_000})
+        rows, problems = store.read()
+        assert ([row["id"] for row in rows], problems) == (ids, [])
 
 
 def test_where_nothing_can_be_written_or_read_one_line_says_so(place):

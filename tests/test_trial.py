@@ -417,6 +417,26 @@ def test_ctrl_c_and_the_death_of_the_caller_orphan_nobody(tmp_path: Path, number
         assert ("KeyboardInterrupt" in caller.stderr.read()) == (number == signal.SIGINT)
 
 
+def test_a_server_that_still_imports_dies_with_the_caller(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "started")
+    (tmp_path / "endless_import.py").write_text(
+        f"import os, signal\nwith open({str(tmp_path / 'started')!r}, 'w') as told: told.write(str(os.getpid()))\n"
+        "while True: signal.pause()\n"
+    )
+    script = f"""
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, {str(tmp_path)!r})
+        from optkit.trial import TrialServer
+        with TrialServer(imports=("endless_import",), log_folder=Path({str(tmp_path)!r})) as server:
+            server.spawn("trial_targets:Target", {{}}, name="x").call("pid")
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)]) as caller:
+        pid = int((tmp_path / "started").read_text())
+        caller.kill()
+        assert_gone(caller.pid, pid)
+
+
 def test_spawning_does_not_wait_for_the_servers_imports(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

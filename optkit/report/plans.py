@@ -9,7 +9,7 @@ from rich.text import Text
 
 from optkit.estimate import estimate
 from optkit.plan import Plan
-from optkit.report.terminal import plain_table
+from optkit.report.terminal import plain_table, safe
 from optkit.report.text import megabytes
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def plan_view(setup: Setup) -> Group:
                     style="red",
                 )
             )
-    parts += [Text(f"· {note}", style="dim") for note in plan.notes]
+    parts += [safe(f"· {note}", style="dim") for note in plan.notes]
     return Group(*parts)
 
 
@@ -105,7 +105,7 @@ def profile_view(profile: Profile) -> Group:
     ]
     tasks = [[name, str(task.batch_size), str(task.sequence_length), task.because] for name, task in profile.tasks.items()]
     return Group(
-        Text(f"{profile.name}: {profile.summary}", style="bold"),
+        safe(f"{profile.name}: {profile.summary}", style="bold"),
         plain_table("facts", ["fact", "value", "unit", "source"], facts),
         plain_table("default techniques", ["technique", "options", "because"], defaults),
         plain_table("batches", ["task", "batch size", "tokens a sample", "because"], tasks),

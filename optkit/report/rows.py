@@ -53,11 +53,12 @@ def perplexity_text(value: float) -> str:
 
 
 def speed_up_cell(arm: Record, record: Record) -> str:
-    """``1.94 [1.90, 1.99]``, and in words where no difference may be claimed."""
+    """``1.94 [1.90, 1.99]``, and in words where no difference may be claimed. A dash where what it is claimed against was not measured."""
     found = arm.get("speed_up")
     if arm["name"] == record.get("reference"):
         return "1"
-    if not found:
+    reference: Record = next((other for other in record["arms"] if other["name"] == record.get("reference")), {"state": "absent"})
+    if not found or reference["state"] != "ok" or not len(reference["seconds"]) == len(arm["seconds"]) == found["n"] > 0:
         return "–"
     text = f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
     if found["coverage"] < 0.95:

@@ -22,17 +22,22 @@ def console(*, stderr: bool = False) -> Console:
     return Console(file=stream, width=None if stream.isatty() else 200, highlight=False, soft_wrap=False)
 
 
+def safe(text: object, style: str = "") -> Text:
+    """``clean`` text in which Rich sees no markup."""
+    return Text(clean(text), style=style)
+
+
 def record_view(record: Record, show: int = 0) -> Group:
     """The whole answer to ``optkit run``."""
-    parts: list[Any] = [Text(heading(record), style="bold"), results(record)]
+    parts: list[Any] = [safe(heading(record), style="bold"), results(record)]
     if any(proof_rows(record)):
         parts.append(proofs(record))
     extra = custom_rows(record)
     if extra:
         parts.append(plain_table("further metrics", ["plan", "metric", "value"], extra))
-    parts += [Text(f"· {note}", style="dim") for note in [*footnotes(record), *origin(record)]]
+    parts += [safe(f"· {note}", style="dim") for note in [*footnotes(record), *origin(record)]]
     parts += [
-        Text(f"! {arm['name']}: {arm['state']}: {clean(arm['reason'], 300)}", style="red") for arm in record["arms"] if arm["state"] != "ok"
+        safe(f"! {arm['name']}: {arm['state']}: {clean(arm['reason'], 300)}", style="red") for arm in record["arms"] if arm["state"] != "ok"
     ]
     if show:
         parts.append(outputs(record, show))
@@ -56,7 +61,7 @@ def results(record: Record) -> Table:
         found = arm.get("speed_up") or {}
         style = "red" if arm["state"] != "ok" else ""
         cells = [Text(clean(row[index], 300)) for index in columns]
-        if found.get("differs"):
+        if found.get("differs") and 2 in columns:
             cells[columns.index(2)].stylize("green" if found["ratio"] > 1 else "red")
         table.add_row(*cells, style=style)
     return table
@@ -67,14 +72,14 @@ def proofs(record: Record) -> Table:
     for name in ("plan", "technique", "verdict", "evidence"):
         table.add_column(name, overflow="fold")
     for plan, technique, verdict, evidence in proof_rows(record):
-        table.add_row(clean(plan), technique, Text(verdict, style=STYLES.get(verdict, "")), Text(clean(evidence, 300)))
+        table.add_row(safe(plan), safe(technique), safe(verdict, style=STYLES.get(verdict, "")), Text(clean(evidence, 300)))
     return table
 
 
 def plain_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    table = Table(title=title or None, header_style="bold", pad_edge=False, title_justify="left")
+    table = Table(title=safe(title) if title else None, header_style="bold", pad_edge=False, title_justify="left")
     for name in columns:
-        table.add_column(name, overflow="fold")
+        table.add_column(safe(name), overflow="fold")
     for row in rows:
         table.add_row(*(Text(clean(cell, 1000)) for cell in row))
     return table

@@ -158,7 +158,10 @@ def check_combines(subject: Subject) -> str:
             refused += 1
             continue
         except Exception as error:
-            problems.append(f"with {other.name}: {one_line(error)}")
+            if _plans_alone(subject, other.name):
+                problems.append(f"with {other.name}: {one_line(error)}")
+            else:
+                alone.append(other.name)
             continue
         if not _is_partner(subject, other.name, plan):
             planned += 1
@@ -172,8 +175,16 @@ def check_combines(subject: Subject) -> str:
         ran += 1
     if problems:
         raise CheckFailed("; ".join(problems))
-    failing = f", {len(alone)} that fail on the tiny model alone ({', '.join(alone)})" if alone else ""
+    failing = f", {len(alone)} that fail alone as well ({', '.join(alone)})" if alone else ""
     return f"{ran} run together with it, {planned} planned, {refused} refused with a reason{failing}"
+
+
+def _plans_alone(subject: Subject, other: str) -> bool:
+    try:
+        subject.plan(other, alone=True)
+    except Exception:
+        return False
+    return True
 
 
 def _is_partner(subject: Subject, other: str, plan: Plan) -> bool:

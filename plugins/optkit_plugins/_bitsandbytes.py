@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from optkit import Claims, Options, UsageError
-from optkit_plugins import _packed
+from optkit_plugins import _fused_kernels, _packed
 
 if TYPE_CHECKING:
     import torch
@@ -35,19 +35,17 @@ class FourBitOptions(Options):
     double_quant: bool = Field(False, description="quantize the scales too, to 8 bits: 0.37 bits a weight less at block size 64")
     min_parameters: int = Field(1000, ge=0, description="leave smaller layers alone")
     head: bool = Field(False, description="quantize the output head as well; a head tied to the embedding never is")
-    kernel: Literal["auto", "library", "triton"] = Field(
-        "auto",
-        description="who multiplies: bitsandbytes (library), or optkit's fused kernel on CUDA from sm_80 (triton); auto is the library",
-    )
+    kernel: _fused_kernels.Kernel = Field("auto", description=_fused_kernels.DESCRIPTION)
     skip: tuple[str, ...] = Field((), description="name patterns of layers to leave alone, such as *.layers.0.*")
 
 
 def claims(options: FourBitOptions, task: str, machine: Machine) -> Claims:
     """Frozen 4-bit weights do not learn: training needs an adapter beside them. The fused kernel wants a GPU with bf16 tensor cores."""
-    if options.kernel == "triton" and (machine.device != "cuda" or (machine.compute_capability or (0, 0)) < (8, 0)):
-        return Claims(problem="kernel=triton needs a CUDA GPU from sm_80 on; use kernel=library here")
-    if options.kernel == "triton" and task == "train":
-        return Claims(problem="the fused kernel has no backward pass; use kernel=library for training")
+    problem = _fused_kernels.problem(options.kernel, task, machine)
+    if options.kernel == "triton" and options.double_quant:
+        problem = "the fused kernel reads plain scales; leave out double_quant, or use kernel=library"
+    if problem:
+        return Claims(problem=problem)
     scale_bits = 8 + 32 / 256 if options.double_quant else 32
     needs = frozenset({"adapter"}) if task == "train" else frozenset()
     return Claims(needs=needs, weight_bits=4 + scale_bits / options.blocksize)
@@ -100,10 +98,20 @@ def quantize(model: PreTrainedModel, trial: TrialContext, quant_type: Literal["n
     trial.notes["left"] = _packed.convert(model, names, lambda module: four_bit(module, options, quant_type))
     if any(True for _ in four_bit_layers(model)):
         register(model, options, quant_type)
-    if options.kernel == "triton":
-        from optkit_plugins.kernels.weight_only_convert import use_fused_kernels
+    reason = why_library(options, model)
+    if options.kernel == "auto" and reason:
+        trial.notes["kernel"] = f"bitsandbytes: {reason}"
+    else:
+        _fused_kernels.take_over(model, trial, options.kernel)
 
-        trial.notes["library"] = use_fused_kernels(model)
+
+def why_library(options: FourBitOptions, model: PreTrainedModel) -> str | None:
+    """Why ``kernel=auto`` leaves the product to bitsandbytes whatever the machine is."""
+    if options.double_quant:
+        return "double_quant saves memory that the fused kernel's plain scales would take again"
+    if options.compute_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        return f"compute_dtype is {options.compute_dtype}, and the fused kernel multiplies in the model's own"
+    return None
 
 
 def four_bit(module: nn.Module, options: FourBitOptions, quant_type: str) -> nn.Module | str:
@@ -212,38 +220,21 @@ def four_bit_layers(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     yield from ((name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit))
 
 
-def save(model: PreTrainedModel, trial: TrialContext) -> None:
-    """``save_model``: transformers writes these models, but not with the fused kernel's layout of the weights."""
-    if any(True for _ in fused_layers(model)):
-        raise UsageError(f"the fused kernel's layout cannot be saved; export with --set {trial.technique}.kernel=library")
-
-
-def fused_layers(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    """Layers whose weights were moved to the fused kernel."""
-    kernels = sys.modules.get("optkit_plugins.kernels.weight_only")
-    if kernels is not None:
-        yield from ((name, module) for name, module in model.named_modules() if isinstance(module, kernels.WeightOnlyLinear))
-
-
 def facts(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
     """What ``prove_effect`` answers; on a model without 4-bit layers it counts none."""
     layers = dict(four_bit_layers(model))
     packed: dict[str, tuple[Any, int]] = {name: (layer, full_bytes(layer)) for name, layer in layers.items()}
-    fused = dict(fused_layers(model))
-    packed |= {name: (layer, layer.in_features * layer.out_features * model.dtype.itemsize) for name, layer in fused.items()}
+    packed |= {name: (layer, _fused_kernels.full_bytes(layer, model)) for name, layer in _fused_kernels.layers(model).items()}
     result = _packed.packed_facts(model, packed, trial.notes.get("left", {}))
-    if fused:
-        result["fused_kernel"] = sorted({f"{layer.format}, group {layer.group}" for layer in fused.values()})
-        result["summary"] += f"; fused kernel in {len(fused)}"
-    if trial.notes.get("library"):
-        result["layers_without_the_fused_kernel"] = trial.notes["library"]
+    if packed:
+        _fused_kernels.add_facts(result, model, trial, "bitsandbytes")
     if layers:
         states = [layer.weight.quant_state for layer in layers.values()]
         result["format"] = sorted({state.quant_type for state in states})
         result["blocksizes"] = {str(size): sum(s.blocksize == size for s in states) for size in sorted({s.blocksize for s in states})}
         straddling = sum(layer.in_features % layer.weight.quant_state.blocksize != 0 for layer in layers.values())
         if straddling:
-            result["layers_without_the_fused_kernel"] = straddling
+            result["layers_with_straddling_blocks"] = straddling
         result["double_quant"] = any(state.nested for state in states)
         result["compute_dtype"] = sorted({str(layer.compute_dtype).removeprefix("torch.") for layer in layers.values()})
     return result

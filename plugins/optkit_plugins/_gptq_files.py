@@ -139,8 +139,8 @@ def _awq_format(found: dict[str, Any]) -> Format:
 # ---------------------------------------------------------------- loading
 
 
-def load(source: ModelSource, trial: TrialContext) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model in full precision, and the facts of what was read.
+def load(source: ModelSource, trial: TrialContext) -> tuple[PreTrainedModel, dict[str, Any], dict[str, Any]]:
+    """The model in full precision, the facts of what was read, and by layer the grid on which it lies (``grid_of``).
 
     :raises UsageError: for a folder that holds something else, or tensors that do not fit the configuration.
     """
@@ -156,7 +156,7 @@ def load(source: ModelSource, trial: TrialContext) -> tuple[PreTrainedModel, dic
     attention = trial.settings["load.attention"]
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    tensors, facts = expand(_tensors(folder), skeleton, form, dtype)
+    tensors, facts, grids = expand(_tensors(folder), skeleton, form, dtype)
     model = type(skeleton).from_pretrained(
         None,  # type: ignore[arg-type]  # no folder: everything comes from the tensors given
         config=config,
@@ -165,7 +165,7 @@ def load(source: ModelSource, trial: TrialContext) -> tuple[PreTrainedModel, dic
         attn_implementation=attention,
         device_map=trial.device,
     )
-    return model.eval(), facts
+    return model.eval(), facts, grids
 
 
 def _folder(source: ModelSource) -> Path:
@@ -201,8 +201,8 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def expand(
     tensors: dict[str, torch.Tensor], skeleton: PreTrainedModel, form: Format, dtype: torch.dtype
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # fmt: skip
-    """Full-precision tensors by name in place of the quantized ones. ``tensors`` is emptied on the way.
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Full-precision tensors by name in place of the quantized ones, facts, and the layers' grids. ``tensors`` is emptied on the way.
 
     :param skeleton: the model on the meta device: it says how wide each layer is, and which way round.
     """
@@ -210,15 +210,29 @@ def expand(
     if not layers:
         raise UsageError("gptq: the files hold no quantized layer (no tensor is named *.qweight)")
     result: dict[str, torch.Tensor] = {}
-    packed_bytes = 0
+    packed_bytes, grids = 0, {}
     for name in layers:
         parts = {part: tensors.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in tensors}
         packed_bytes += sum(part.numel() * part.element_size() for part in parts.values())
         result[f"{name}.weight"] = _expand_layer(name, parts, skeleton, form).to(dtype)
+        grids[name] = grid_of(parts, form)
     result |= tensors
     label = "AWQ" if form.method == "awq" else "GPTQ"
     facts = {"linears_read": len(layers), "format": label, "bits": form.bits, "group_size": form.group_size, "bytes_packed": packed_bytes}
-    return result, facts
+    return result, facts, grids
+
+
+def grid_of(parts: dict[str, torch.Tensor], form: Format) -> tuple[int, torch.Tensor, torch.Tensor] | str:
+    """Bits, scale and zero point (out × groups) of a layer whose groups are consecutive inputs, or why it has none."""
+    import torch
+
+    scales = parts["scales"]
+    if "g_idx" in parts:
+        order = parts["g_idx"].long()
+        if not torch.equal(order, torch.arange(len(order)) // (len(order) // len(scales))):
+            return "the groups of its inputs are in no order (desc_act)"
+    zeros = unpack_awq(parts["qzeros"]) if form.method == "awq" else unpack(parts["qzeros"].t(), form.bits, scales.shape[1]).t()
+    return form.bits, scales.t().contiguous(), (zeros + form.zero_offset).t().contiguous()
 
 
 def _expand_layer(name: str, parts: dict[str, torch.Tensor], skeleton: PreTrainedModel, form: Format) -> torch.Tensor:

@@ -49,9 +49,14 @@ class Grid:
         """Weights that share a scale; ``None`` for a whole row."""
         return self.scheme.weights.group_size if self.scheme.weights.strategy == "group" else None
 
-    def packed_bytes(self, weight: torch.Tensor) -> int:
+    @property
+    def stored(self) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """Bits, scale, and the zero point of unsigned integers, as checkpoints store it."""
+        return self.bits, self.scale, self.zero_point.int() + 2 ** (self.bits - 1)
+
+    def packed_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of the layer in the folder: integers packed into int32 a row, scales, and packed zero points where there are any."""
-        rows, columns = weight.shape
+        rows, columns = shape
         zeros = 0 if self.scheme.weights.symmetric else math.ceil(rows * self.bits / 32) * 4 * self.scale.shape[1]
         return rows * math.ceil(columns * self.bits / 32) * 4 + self.scale.numel() * self.scale.element_size() + zeros
 

@@ -1,11 +1,12 @@
 """batching: which samples share a batch, so that less is computed on padding.
 
 ``length`` puts samples of like length together (longest first, so that memory runs out at once or never), ``length-size`` lets short ones
-share larger batches under a budget of tokens, ``largest`` looks for the largest batch that fits 85 % of the memory, and ``packed`` puts
-several samples in one row and pads nothing (scoring only). Results keep the order of the samples. It helps where lengths differ: not on
+share larger batches under a budget of tokens, ``largest`` looks for the largest batch that fits 85 % of the memory, ``packed`` puts
+several samples in one row and pads nothing (scoring only), and ``continuous`` hands all prompts to an engine whose slots take the next
+prompt as soon as a text has ended (generation only). Results keep the order of the samples. It helps where lengths differ: not on
 samples of one length, and a large batch answers its first sample later.
 
-Efficient Sequence Packing without Cross-contamination (Krell et al. 2021).
+Efficient Sequence Packing without Cross-contamination (Krell et al. 2021); Orca (Yu et al. 2022) for ``continuous``.
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ if TYPE_CHECKING:
 MEMORY_SHARE = 0.85
 #: Tokens of a packed row: attention over it costs their square.
 ROW_TOKENS = {"cpu": 512, "cuda": 4096}
+#: Sequences that ``continuous`` decodes at once, at most. More gain little: from about 200 rows on arithmetic bounds a GPU's step.
+SLOTS = {"cpu": 16, "cuda": 256}
 
 
 class BatchingOptions(Options):
-    kind: Literal["fixed", "length", "packed", "length-size", "largest"] = Field("length", description="how samples are put together")
-    size: int | None = Field(None, ge=1, description="samples a batch (largest: the upper bound); default batch.size")
+    kind: Literal["fixed", "length", "packed", "length-size", "largest", "continuous"] = Field(
+        "length", description="how samples are put together"
+    )
+    size: int | None = Field(None, ge=1, description="samples a batch; largest, continuous: the upper bound; default batch.size")
     tokens: int | None = Field(None, ge=1, description="budget of a batch (length-size) or row (packed), padding included")
 
 
@@ -52,25 +57,42 @@ def configure(options: BatchingOptions, task: Task, machine: Machine) -> Claims:
     problem = None
     if options.kind == "packed" and task != "score":
         problem = "samples that share a row cannot be continued: packed works in the task 'score' only; set batching.kind=length"
+    elif options.kind == "continuous" and task != "generate":
+        problem = "slots are for texts that grow: continuous works in the task 'generate' only; set batching.kind=packed"
     elif options.tokens is not None and options.kind not in ("packed", "length-size"):
         problem = f"the option tokens is not read by kind '{options.kind}'; set batching.kind=length-size, or leave it out"
     elif options.size is not None and options.kind == "packed":
         problem = "the option size is not read by kind 'packed', whose rows have a budget of tokens; set batching.tokens"
-    size = options.size if options.kind != "largest" else None
     return Claims(
-        settings=() if size is None else (Setting(name="batch.size", value=size, because="asked for with batching.size", strength="must"),),
+        settings=wished(options, machine),
         adds=frozenset({"positions-restart"}) if options.kind == "packed" else frozenset(),
         problem=problem,
     )
 
 
+def wished(options: BatchingOptions, machine: Machine) -> tuple[Setting, ...]:
+    if options.kind == "continuous":
+        slots = options.size or SLOTS[machine.device]
+        return (Setting(name="generate.slots", value=slots, because="asked for with batching.kind=continuous", strength="must"),)
+    if options.size is None or options.kind == "largest":
+        return ()
+    return (Setting(name="batch.size", value=options.size, because="asked for with batching.size", strength="must"),)
+
+
 @hookimpl
 def wrap_engine(engine: Engine, trial: TrialContext) -> Engine | None:
-    """Packed rows need positions and masks that the default engine does not make."""
+    """Packed rows need positions and masks that the default engine does not make, slots an engine that has some."""
     from optkit import TransformersEngine
 
     options = trial.options
     assert isinstance(options, BatchingOptions)
+    if options.kind == "continuous":
+        if not hasattr(engine, "slot_facts"):
+            raise UnavailableError(
+                f"'{engine.name}' decodes batches as they come and has no slots; add a technique whose engine honours generate.slots "
+                "(`optkit plugins info NAME` shows what it honours), or set batching.kind=length"
+            )
+        trial.notes["engine"] = engine
     if options.kind != "packed":
         return None
     if type(engine) is not TransformersEngine:
@@ -101,6 +123,8 @@ def batch_strategy(samples: list[Sample], trial: TrialContext) -> list[list[int]
         case "largest":
             order = longest_first(lengths)
             batches = chunks(order, largest([samples[index] for index in order], trial, options.size))
+        case "continuous":
+            return chunks(range(len(samples)), max(1, len(samples)))
     trial.notes["facts"] = describe(batches, lengths, size, packed=options.kind == "packed")
     return batches
 
@@ -233,6 +257,15 @@ def describe(batches: list[list[int]], lengths: Sequence[int], size: int, *, pac
     }
 
 
+def describe_slots(facts: dict[str, Any]) -> str:
+    shared, halved = facts["shared_prefix_tokens"], facts["out_of_memory"]
+    return (
+        f"{facts['slots']} slots, filled again {facts['refills']} times, {facts['busy']:.0%} of their steps gave a token"
+        + (f", {shared} prompt tokens copied" if shared else "")
+        + (f", memory ran out {halved} times" if halved else "")
+    )
+
+
 def padding(batches: list[list[int]], lengths: Sequence[int]) -> float:
     """Part of the computed positions that is padding."""
     computed = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
@@ -241,6 +274,9 @@ def padding(batches: list[list[int]], lengths: Sequence[int]) -> float:
 
 @hookimpl
 def prove_effect(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
+    if "engine" in trial.notes:
+        facts = trial.notes["engine"].slot_facts
+        return facts | {"order": "slots", "summary": describe_slots(facts)}
     facts = trial.notes.get("facts") or {"order": "file", "size": int(trial.settings["batch.size"])}
     if facts["order"] == "file":
         return facts | {"summary": f"file order, batches of {facts['size']}"}

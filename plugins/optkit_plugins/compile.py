@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from optkit import Claims, Machine, Options, Setting, Technique, TrialContext, hookimpl
+from optkit import Claims, Machine, Options, Setting, Technique, TrialContext, UsageError, hookimpl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 Backend = Literal["inductor", "aot_eager", "cudagraphs", "eager"]
 Mode = Literal["auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
-CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+Products = Literal["auto", "library", "matvec", "inductor"]
 
 
 class CompileOptions(Options):
     backend: Backend = Field("inductor", description="compiler backend of torch.compile; aot_eager compiles nothing and is for tests")
     mode: Mode = Field("auto", description="inductor's mode; auto is reduce-overhead (CUDA graphs) on a GPU and default on a CPU")
     fullgraph: bool = Field(True, description="an error instead of a graph break")
+    fuse: bool = Field(True, description="on a GPU, one product for layers that read the same input: query, key, value; gate and up")
+    products: Products = Field("auto", description="on a GPU, what multiplies a single row: cuBLAS, a kernel of ours, or inductor's")
     score: bool | None = Field(None, description="compile the scoring pass too; by default in the task 'score' only")
 
 
@@ -52,9 +54,12 @@ technique = Technique(
             "generate.top_k",
             "generate.top_p",
             "generate.repetition_penalty",
+            "generate.slots",
+            "generate.prompt_lookup_tokens",
+            "generate.prompt_lookup_ngram",
         }
     ),
-    refuses=frozenset({"python-in-forward", "outside-torch", "many-paths", "draft-tokens", "positions-restart"}),
+    refuses=frozenset({"python-in-forward", "outside-torch", "many-paths", "positions-restart"}),
     tasks=frozenset({"score", "generate"}),
     options=CompileOptions,
     paper="https://doi.org/10.1145/3620665.3640366",
@@ -94,16 +99,42 @@ def compile_arguments(options: CompileOptions, device: str) -> dict[str, Any]:
     return arguments
 
 
+def products(options: CompileOptions, device: str) -> str:
+    """What multiplies single rows: on a GPU our kernel, unless inductor is to tune everything itself."""
+    if device != "cuda":
+        return "library"
+    return options.products if options.products != "auto" else "library" if options.mode.startswith("max-autotune") else "matvec"
+
+
 @hookimpl
 def build_engine(model: PreTrainedModel, trial: TrialContext) -> Engine:
     from optkit_plugins.kernels.compiled_engine import CompiledEngine
+    from optkit_plugins.kernels.drafting_engine import DraftingEngine
+    from optkit_plugins.kernels.ragged_engine import RaggedEngine
 
     options = trial.options
     assert isinstance(options, CompileOptions)
     score = trial.task == "score" if options.score is None else options.score
-    engine = CompiledEngine(model, trial, compile_arguments(options, trial.device), score=score)
+    trial.notes["fused"] = fuse(model) if options.fuse and trial.device == "cuda" else {"groups_fused": 0}
+    arguments, settings = compile_arguments(options, trial.device), trial.settings
+    slots, drafts = settings["generate.slots"], settings["generate.prompt_lookup_tokens"]
+    if slots and drafts:
+        raise UsageError("generate.slots and generate.prompt_lookup_tokens are not read together; leave one of them out")
+    engine: CompiledEngine
+    if slots:
+        engine = RaggedEngine(model, trial, arguments, score=score, slots=slots)
+    elif drafts:
+        engine = DraftingEngine(model, trial, arguments, score=score, drafts=drafts, ngram=settings["generate.prompt_lookup_ngram"])
+    else:
+        engine = CompiledEngine(model, trial, arguments, score=score)
     trial.notes["engine"] = engine
     return engine
+
+
+def fuse(model: PreTrainedModel) -> dict[str, Any]:
+    from optkit_plugins.kernels.fused_projections import fuse_projections
+
+    return fuse_projections(model)
 
 
 @hookimpl
@@ -111,13 +142,23 @@ def prove_effect(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
     engine = trial.notes.get("engine")
     if engine is None:
         return {"graphs": 0, "graph_breaks": 0, "recompiles": 0, "buckets": [], "summary": "not compiled"}
-    tally, arguments = engine.tally, engine.arguments
-    used = ", ".join(tally.buckets) or "unused"
+    tally, facts = engine.tally, engine.facts()
+    fused = trial.notes["fused"]["groups_fused"]
+    used = [", ".join(tally.buckets) or "unused", f"attention: {facts['attention']}"]
+    used += [f"{counted(fused, 'group')} of projections joined"] if fused else []
+    used += [facts["replay"]] + [f"not recorded: {problem}" for problem in facts["not_recorded"]]
     return {
         "graphs": tally.graphs,
         "graph_breaks": tally.graph_breaks,
         "recompiles": tally.recompiles,
         "buckets": list(tally.buckets),
-        "cuda_graphs": trial.device == "cuda" and (arguments["backend"] == "cudagraphs" or arguments.get("mode") in CUDA_GRAPH_MODES),
-        "summary": f"{tally.graphs} graphs, {tally.graph_breaks} breaks, {tally.recompiles} recompiles: {used}",
+        "cuda_graphs": facts["cuda_graphs"],
+        "fused_groups": fused,
+        **{name: facts[name] for name in ("attention", "replay", "recorded_steps", "recorded_prompts", "not_recorded")},
+        "summary": f"{counted(tally.graphs, 'graph')}, {counted(tally.graph_breaks, 'break')}, {counted(tally.recompiles, 'recompile')}: "
+        + "; ".join(used),
     }
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from optkit import Claims, Technique, hookimpl
-from optkit_plugins import _bitsandbytes
+from optkit_plugins import _bitsandbytes, _fused_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,8 +44,9 @@ def transform_model(model: PreTrainedModel, trial: TrialContext) -> None:
 
 
 @hookimpl
-def save_model(model: PreTrainedModel, trial: TrialContext) -> None:
-    _bitsandbytes.save(model, trial)
+def save_model(model: PreTrainedModel) -> None:
+    """transformers writes 4-bit models; layers of the fused kernel are put back into bitsandbytes' form for that."""
+    _fused_kernels.give_back(model)
 
 
 @hookimpl

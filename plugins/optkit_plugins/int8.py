@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from optkit import Claims, Options, Technique, UsageError, hookimpl
-from optkit_plugins import _packed
+from optkit_plugins import _fused_kernels, _packed
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from optkit import TrialContext
+    from optkit import Machine, TrialContext
 
 
 class Int8Options(Options):
@@ -34,12 +34,15 @@ class Int8Options(Options):
     group: int | None = Field(None, ge=8, description="weights that share one scale (weight-only); default a whole row, which is faster")
     min_parameters: int = Field(1000, ge=0, description="leave smaller layers alone")
     head: bool = Field(False, description="quantize the output head as well; a head tied to the embedding never is")
+    kernel: _fused_kernels.Kernel = Field("auto", description=_fused_kernels.DESCRIPTION)
     skip: tuple[str, ...] = Field((), description="name patterns of layers to leave alone, such as *.layers.0.*")
 
     @model_validator(mode="after")
-    def _group_is_for_weights(self) -> Int8Options:
+    def _options_go_together(self) -> Int8Options:
         if self.group is not None and self.mode == "dynamic":
             raise ValueError("group goes with mode=weight-only: dynamic has one scale a row")
+        if self.kernel == "triton" and (self.mode == "dynamic" or self.group is not None):
+            raise ValueError("kernel=triton goes with mode=weight-only and one scale a row: leave out mode and group, or the kernel")
         return self
 
 
@@ -56,12 +59,16 @@ technique = Technique(
     options=Int8Options,
     paper="https://arxiv.org/abs/2208.07339",
     tested_on=("cpu", "NVIDIA H200"),
+    exceptions={"saves[gpt2]": "transformers loads torchao's weights into linear layers alone, and GPT-2 has Conv1D; export refuses"},
 )
 
 
 @hookimpl
-def configure(options: Int8Options, task: str) -> Claims:
+def configure(options: Int8Options, task: str, machine: Machine) -> Claims:
     """Frozen integer weights do not learn: training needs an adapter beside them."""
+    problem = _fused_kernels.problem(options.kernel, task, machine)
+    if problem:
+        return Claims(problem=problem)
     needs = frozenset({"adapter"}) if task == "train" else frozenset()
     return Claims(needs=needs, weight_bits=8 + 32 / options.group if options.group else 8)
 
@@ -77,23 +84,33 @@ def transform_model(model: PreTrainedModel, trial: TrialContext) -> None:
     trial.notes["left"] = _packed.convert(model, names, lambda module: int8_linear(module, config, options.group))
     if any(True for _ in int8_layers(model)):
         register(model, config)
+    if options.mode == "weight-only" and options.group is None:
+        _fused_kernels.take_over(model, trial, options.kernel)
 
 
 @hookimpl
 def prove_effect(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
     layers = dict(int8_layers(model))
     packed = {name: (layer, sum(p.numel() * p.dtype.itemsize for p in layer.parameters())) for name, layer in layers.items()}
+    fused = _fused_kernels.layers(model)
+    packed |= {name: (layer, _fused_kernels.full_bytes(layer, model)) for name, layer in fused.items()}
     facts = _packed.packed_facts(model, packed, trial.notes.get("left", {}))
+    if packed:
+        _fused_kernels.add_facts(facts, model, trial, "torchao")
+    if fused:
+        facts["mode"] = "weight-only"
     if layers:
         rounded = [layer.weight.act_quant_kwargs is not None for layer in layers.values()]
         facts["mode"] = "dynamic" if all(rounded) else "weight-only"
-        facts["scales"] = sum(layer.weight.scale.numel() for layer in layers.values())
+    if packed:
+        facts["scales"] = sum(layer.weight.scale.numel() for layer in layers.values()) + sum(layer.out_features for layer in fused.values())
     return facts
 
 
 @hookimpl
 def save_model(model: PreTrainedModel) -> bool | None:
     """Refuse what could not be read back; everything else goes transformers' own way (safetensors with torchao's metadata)."""
+    _fused_kernels.give_back(model)
     if _packed.was_conv1d(layer for _, layer in int8_layers(model)):
         raise UsageError(
             f"int8: {type(model).__name__} is built of Conv1D layers, into which transformers cannot load torchao's weights; "

@@ -158,11 +158,56 @@ def test_generation_is_sorted_by_prompt(make_trial):
     assert batching.batch_strategy(samples=samples, trial=trial) == [[1, 0]]
 
 
+class Slots:
+    """An engine that decodes in slots and tells what it did."""
+
+    name = "slots"
+    slot_facts = {"slots": 4, "refills": 2, "busy": 0.75, "shared_prefix_tokens": 30, "out_of_memory": 1}
+
+
+def test_continuous_hands_everything_to_an_engine_with_slots_and_shows_what_it_did(make_trial):
+    trial = trial_of(make_trial, task="generate", kind="continuous", size=4)
+    assert trial.settings["generate.slots"] == 4
+    engine = Slots()
+    assert batching.wrap_engine(engine=engine, trial=trial) is None
+    assert batching.batch_strategy(samples=samples_of(), trial=trial) == [list(range(len(LENGTHS)))]
+    assert batching.batch_strategy(samples=[], trial=trial) == []
+    facts = batching.prove_effect(model=None, trial=trial)
+    assert engine.slot_facts.items() <= facts.items()
+    assert (
+        facts["summary"]
+        == "4 slots, filled again 2 times, 75% of their steps gave a token, 30 prompt tokens copied, memory ran out 1 times"
+    )
+
+
+def test_an_engine_without_slots_is_refused_with_the_way_out(make_trial):
+    model, _ = tiny_model("llama")
+    trial = trial_of(make_trial, task="generate", kind="continuous")
+    assert trial.settings["generate.slots"] == batching.SLOTS["cpu"]
+    with pytest.raises(UnavailableError, match="honours generate.slots"):
+        batching.wrap_engine(engine=TransformersEngine(model, trial), trial=trial)
+
+
+def test_a_plan_refuses_slots_that_its_engine_does_not_read():
+    from optkit.errors import PlanConflict
+    from optkit.plan import Choice, make_plan
+    from optkit.registry import discover
+
+    registry = discover()
+    choices = [Choice("batching", {"kind": "continuous"})]
+    plan = make_plan(registry, CPU, "generate", [*choices, Choice("compile", {"backend": "eager"})])
+    assert plan.settings["generate.slots"] == batching.SLOTS["cpu"]
+    with pytest.raises(PlanConflict, match=r"'generate.slots' = 16 \(batching\) is not read by onnx.*leave out onnx, or batching"):
+        make_plan(registry, CPU, "generate", [*choices, Choice("onnx")])
+
+
 def test_what_nothing_would_read_is_refused(make_trial):
     def problem(task="score", **options):
         return batching.configure(options=batching.BatchingOptions(**options), task=task, machine=CPU).problem
 
     assert "batching.kind=length" in problem("generate", kind="packed")
+    assert "batching.kind=packed" in problem("score", kind="continuous")
+    assert "length-size" in problem("generate", kind="continuous", tokens=100)
     assert "length-size" in problem(kind="length", tokens=100)
     assert "batching.tokens" in problem(kind="packed", size=4)
     with pytest.raises(ValueError, match="size"):

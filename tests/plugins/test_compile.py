@@ -43,7 +43,26 @@ def test_ragged_batches_get_the_tokens_of_a_plain_loop_without_cache(kind, make_
     assert engine.generate(prompts[:2], new_tokens=new_tokens) == expected[:2]
     facts = compiling.prove_effect(model=model, trial=trial)
     assert (facts["graphs"], facts["graph_breaks"], facts["recompiles"], facts["buckets"]) == (1, 0, 0, ["4 x 64"])
+    assert facts["summary"].startswith("1 graph, 0 breaks, 0 recompiles: 4 x 64; attention: sdpa")
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_over_each_rows_own_columns_gives_the_same_tokens(kind, make_trial, monkeypatch):
+    """What a GPU does, with the kernel's plain twin: spans instead of masks, and padding behind the prompts."""
+    monkeypatch.setattr("optkit_plugins.kernels.attention.runs_on", lambda device: True)
+    model, tokenizer = tiny_model(kind)
+    prompts, new_tokens = ragged_prompts((5, 37, 3, 40)), 20
+    expected = plain_greedy(model, prompts, new_tokens)
+    engine, trial = engine_of(without_end(model), None, make_trial)
+    assert engine.attention.spans
+    engine.records, engine.pool = True, None
+    monkeypatch.setattr("optkit_plugins.kernels.compiled_engine.Recorded", lambda function, pool: function)
+    monkeypatch.setattr(engine, "compiled_step", lambda method, name: method)
+    assert engine.generate(prompts, new_tokens=new_tokens) == expected
+    assert engine.generate(prompts[1:2], new_tokens=new_tokens) == expected[1:2]
+    reads = [key for bucket in engine.slots.values() for key in bucket.reads]
+    assert reads == [(4, 64, True), (1, 64, False)]
 
 
 def test_a_sliding_window_is_kept_by_the_mask(make_trial):
@@ -142,7 +161,7 @@ def test_scores_are_those_of_the_plain_forward_at_any_length(kind, make_trial):
             expected = reference(sequence, start).gather(1, torch.tensor(sequence[start:])[:, None])[:, 0]
             assert torch.allclose(scores.double(), expected, atol=1e-5)
     assert engine.tally.recompiles == 0
-    assert engine.tally.graphs == 2  # one for rows and lengths as symbols, one for single rows
+    assert engine.tally.graphs == 3  # rows and lengths as symbols, single rows, and the head over what is asked
     if kind == "llama":
         for rows, sequence in zip(engine.log_probs(sequences, [1, 1, 1]), sequences, strict=True):
             assert torch.allclose(rows.double(), reference(sequence, 1), atol=1e-5)
@@ -166,6 +185,19 @@ def test_inductor_gives_the_same_tokens(make_trial):
     expected = plain_greedy(model, prompts, 12)
     engine, _ = engine_of(without_end(model), None, make_trial, backend="inductor")
     assert engine.generate(prompts, new_tokens=12) == expected
+
+
+def test_layers_that_read_the_same_input_are_joined(make_trial, monkeypatch):
+    model, tokenizer = tiny_model("llama")
+    prompts = ragged_prompts((5, 12))
+    expected = plain_greedy(model, prompts, 12)
+    trial = make_trial("compile", compiling.CompileOptions(backend="eager"), STATIC)
+    monkeypatch.setattr(trial, "device", "cuda")  # where it is done by default
+    engine = compiling.build_engine(model=without_end(model), trial=trial)
+    assert engine.generate(prompts, new_tokens=12) == expected
+    facts = compiling.prove_effect(model=model, trial=trial)
+    assert facts["fused_groups"] == 4
+    assert "4 groups of projections joined" in facts["summary"]
 
 
 def test_an_untouched_model_has_no_effect_to_show(make_trial):

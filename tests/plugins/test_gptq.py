@@ -6,11 +6,13 @@ import importlib
 import importlib.util
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from optkit.machine import detect
 from tests.plugins.tiny import tiny_config, tiny_model
 
 torch = pytest.importorskip("torch")
@@ -233,8 +235,63 @@ def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
 
 def test_the_mode_decides_the_role() -> None:
     options = plugin().technique.options
-    assert plugin().configure(options=options()).roles == {"weights"}
-    assert plugin().configure(options=options(mode="read")).roles == {"load"}
+    assert plugin().configure(options=options(), task="score", machine=detect()).roles == {"weights"}
+    assert plugin().configure(options=options(mode="read"), task="score", machine=detect()).roles == {"load"}
+
+
+def test_weights_are_opaque_where_the_fused_kernel_generates() -> None:
+    options, gpu = plugin().technique.options, replace(detect(), device="cuda", compute_capability=(9, 0))
+    claims = plugin().configure(options=options(), task="generate", machine=gpu)
+    assert {"weights-quantized", "weights-opaque"} <= claims.adds and "gptq.kernel=library" in claims.notes[0]
+    for others in ({"kernel": "library"}, {"bits": 3}):
+        assert plugin().configure(options=options(**others), task="generate", machine=gpu).adds == {"weights-changed"}
+    assert plugin().configure(options=options(), task="score", machine=gpu).adds == {"weights-changed"}
+    cpu = replace(gpu, device="cpu", compute_capability=None)
+    assert "sm_80" in plugin().configure(options=options(kernel="triton"), task="generate", machine=cpu).problem
+
+
+@quiet_reload
+@pytest.mark.parametrize("options", [{"bits": 4, "group_size": 64}, {"bits": 4, "symmetric": False}, {"bits": 8, "group_size": -1}])
+def test_the_fused_kernels_layers_are_those_of_the_export(options: dict[str, Any], make_trial: Any, tmp_path: Path) -> None:
+    """The same seed twice: multiplied packed, and expanded. Proof, logits and exported folder are the same."""
+    from transformers import AutoModelForCausalLM
+
+    plain, tokenizer = tiny_model("llama", num_hidden_layers=1)
+    model, _ = tiny_model("llama", num_hidden_layers=1)
+    before = plugin().prove_effect(model=plain, trial=apply(plain, make_trial, tokenizer, **options))
+    trial = apply(model, make_trial, tokenizer, kernel="triton", **options)
+    facts = plugin().prove_effect(model=model, trial=trial)
+    assert facts["kernel"] == "optkit's fused kernel in 7 layers" and before["kernel"].startswith("torch")
+    same = ("linears_quantized", "bytes_exported", "group_sizes", "quantized_share_of_parameter_bytes", "linears")
+    assert {name: facts[name] for name in same} == {name: before[name] for name in same}
+    assert facts["bytes_stored"] < before["bytes_stored"]
+    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-4)
+    assert plugin().save_model(model=model, folder=tmp_path / "saved", trial=trial) is True
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu").eval()
+    assert torch.equal(logits(loaded), logits(plain))
+
+
+@pytest.mark.parametrize(("method", "layout", "act_order"), [("gptq", "gptq", False), ("gptq", "gptq_v2", True), ("awq", "gemm", False)])
+def test_files_go_to_the_fused_kernel_with_their_own_scales(
+    method: str, layout: str, act_order: bool, make_trial: Any, tmp_path: Path
+) -> None:  # fmt: skip
+    from optkit import ModelSource
+
+    expected = checkpoint("llama", tmp_path / "files", method, 4, layout, act_order, group=64)
+    trial = make_trial("gptq", plugin().technique.options(mode="read", kernel="triton"), settings={"load.dtype": "float32"})
+    model = plugin().load_model(source=ModelSource("files", "folder", str(tmp_path / "files")), trial=trial)
+    plugin().transform_model(model=model, trial=trial)
+    torch.testing.assert_close(logits(model), logits(expected), rtol=1e-4, atol=1e-4)
+    facts = plugin().prove_effect(model=model, trial=trial)
+    left = facts.get("layers_left_with_the_library", {})
+    assert facts["kernel"] == f"optkit's fused kernel in {14 - len(left)} layers" and facts["fused_formats"] == ["int4, group 64"]
+    assert sorted(left) == (["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"] if act_order else []), (
+        "two groups, not in order"
+    )
+    assert all("desc_act" in reason for reason in left.values())
+    plugin().save_model(model=model, folder=tmp_path / "saved", trial=trial)
+    torch.testing.assert_close(logits(model), logits(expected), rtol=1e-6, atol=1e-6)
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear, "transformers saves expanded weights"
 
 
 def test_the_whole_line_generates_scores_and_proves() -> None:
@@ -311,7 +368,7 @@ def test_awq_words_are_read_as_they_were_packed() -> None:
     assert torch.equal(awq_weight(**tensors), expected.float())
 
 
-def checkpoint(kind: str, folder: Path, method: str, bits: int, layout: str, act_order: bool) -> Any:
+def checkpoint(kind: str, folder: Path, method: str, bits: int, layout: str, act_order: bool, group: int = 32) -> Any:
     """Write a folder as AutoGPTQ or AutoAWQ would; return the same model with its weights in full precision."""
     from safetensors.torch import save_file
     from transformers.pytorch_utils import Conv1D
@@ -325,7 +382,7 @@ def checkpoint(kind: str, folder: Path, method: str, bits: int, layout: str, act
     for seed, (name, module) in enumerate(linears(model)):
         rows, columns = module.weight.shape
         width, height = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
-        packed, weight = layer_files(method, bits, width, height, 32, layout, act_order, seed)
+        packed, weight = layer_files(method, bits, width, height, group, layout, act_order, seed)
         del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{part}": tensor for part, tensor in packed.items()}
         with torch.no_grad():
@@ -337,7 +394,7 @@ def checkpoint(kind: str, folder: Path, method: str, bits: int, layout: str, act
         save_file({name: tensors[name].contiguous() for name in names}, folder / file)
     index = {"weight_map": {name: file for file, names in halves.items() for name in names}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    quantization = {"quant_method": method, "bits": bits, "group_size": 32}
+    quantization = {"quant_method": method, "bits": bits, "group_size": group}
     quantization |= {"version": "gemm", "zero_point": True} if method == "awq" else {"desc_act": act_order, "checkpoint_format": layout}
     (folder / "config.json").write_text(json.dumps(tiny_config(kind).to_dict() | {"quantization_config": quantization, "dtype": "float32"}))
     return model

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from optkit.machine import detect
 from tests.plugins.tiny import tiny_model
 
 torch = pytest.importorskip("torch")
@@ -134,7 +136,9 @@ def test_options_choose_the_layers(make_trial: Any) -> None:
     assert "lm_head" in names and len(names) == 8 and not any("layers.0." in name for name in names)
 
 
-@pytest.mark.parametrize("options", [{"mode": "static"}, {"group": 4}, {"group": 64, "mode": "dynamic"}, {"groups": 64}])
+@pytest.mark.parametrize(
+    "options", [{"mode": "static"}, {"group": 4}, {"group": 64, "mode": "dynamic"}, {"groups": 64}, {"kernel": "triton", "group": 64}]
+)
 def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         plugin().technique.options(**options)
@@ -142,8 +146,8 @@ def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
 
 def test_training_needs_an_adapter() -> None:
     options = plugin().technique.options()
-    assert plugin().configure(options=options, task="train").needs == {"adapter"}
-    assert not plugin().configure(options=options, task="score").needs
+    assert plugin().configure(options=options, task="train", machine=detect()).needs == {"adapter"}
+    assert not plugin().configure(options=options, task="score", machine=detect()).needs
 
 
 def test_a_quantized_model_is_refused(make_trial: Any) -> None:
@@ -169,6 +173,35 @@ def test_the_saved_folder_loads_with_the_same_logits(kind: str, options: dict[st
     ids = torch.arange(3, 40)[None]
     with torch.inference_mode():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_the_fused_kernels_layers_are_told_and_saved_as_torchaos(make_trial: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from optkit_plugins.kernels.weight_only import WeightOnlyLinear
+
+    library, _ = tiny_model("llama", hidden_size=128, num_hidden_layers=1, intermediate_size=160)
+    model, _ = tiny_model("llama", hidden_size=128, num_hidden_layers=1, intermediate_size=160)
+    apply(library, make_trial)
+    trial = apply(model, make_trial, kernel="triton")
+    facts = plugin().prove_effect(model=model, trial=trial)
+    assert facts["linears_quantized"] == 7 and facts["mode"] == "weight-only"
+    assert facts["kernel"] == "optkit's fused kernel in 6 layers" and facts["fused_formats"] == ["int8, group 128"]
+    assert list(facts["layers_left_with_the_library"]) == ["model.layers.0.mlp.down_proj"], "160 is no multiple of 64"
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        expected = library(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-3)
+    model.save_pretrained(tmp_path / "saved")
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, expected)
+    assert "save_pretrained" not in vars(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Stored version is not the same")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu").eval()
+    with torch.inference_mode():
+        assert torch.equal(loaded(ids).logits, expected)
+    assert not any(isinstance(module, WeightOnlyLinear) for module in model.modules())
 
 
 def test_gpt2_is_not_saved_in_a_form_that_nothing_reads(make_trial: Any, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,76 @@ def test_training_needs_an_adapter() -> None:
     assert technique.configure(options=technique.technique.options(), task="train", machine=detect()).needs == {"adapter"}
     claims = technique.configure(options=technique.technique.options(), task="generate", machine=detect())
     assert not claims.needs and claims.weight_bits == 4.5
+
+
+GPU = replace(detect(), device="cuda", compute_capability=(9, 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "task", "machine", "message"),
+    [
+        ({}, "generate", replace(GPU, compute_capability=(7, 5)), "from sm_80 on; use kernel=library"),
+        ({}, "train", GPU, "no backward pass; use kernel=library"),
+        ({"double_quant": True}, "generate", GPU, "leave out double_quant"),
+    ],
+)
+def test_the_fused_kernel_is_refused_where_it_cannot_run(options: dict[str, Any], task: str, machine: Any, message: str) -> None:
+    technique = plugin("nf4")
+    claims = technique.configure(options=technique.technique.options(kernel="triton", **options), task=task, machine=machine)
+    assert message in claims.problem
+
+
+def test_auto_takes_the_fused_kernel_where_a_gpu_generates() -> None:
+    from optkit_plugins._fused_kernels import wanted
+
+    cpu = replace(GPU, device="cpu", compute_capability=None)
+    assert wanted("auto", "generate", GPU) and wanted("triton", "score", GPU)
+    assert not any(wanted("auto", *case) for case in (("score", GPU), ("train", GPU), ("generate", cpu), ("generate", None)))
+    assert not wanted("library", "generate", GPU)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({}, "16 bits, not float32"), ({"double_quant": True}, "double_quant"), ({"compute_dtype": "bfloat16"}, "compute_dtype is bfloat16")],
+)
+def test_auto_says_why_the_library_multiplies(
+    options: dict[str, Any], reason: str, make_trial: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optkit_plugins.kernels.weight_only.has_triton", lambda: True)
+    model, _ = tiny_model("llama")
+    technique = plugin("nf4")
+    trial = make_trial("nf4", technique.technique.options(**options), machine=GPU)
+    technique.transform_model(model=model, trial=trial)
+    assert reason in technique.prove_effect(model=model, trial=trial)["kernel"]
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_the_fused_kernels_layers_are_told_and_saved_as_bitsandbytes(name: str, make_trial: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    sizes: dict[str, Any] = {"intermediate_size": 160, "num_hidden_layers": 1}
+    library, model = tiny_model("qwen2", **sizes)[0], tiny_model("qwen2", **sizes)[0]
+    apply(name, library, make_trial)
+    trial = apply(name, model, make_trial, kernel="triton")
+    trial.kernels = {"weight_only_product_0d1d": 12}
+    facts = plugin(name).prove_effect(model=model, trial=trial)
+    assert facts["kernel"] == "optkit's fused kernel in 6 layers" and facts["fused_formats"] == [f"{name}, group 64"]
+    assert facts["linears_quantized"] == 7 and facts["fused_kernel_calls"] == 12
+    assert "no multiple of 64" in facts["layers_left_with_the_library"]["model.layers.0.mlp.down_proj"]
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        expected = library(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-3)
+    plugin(name).save_model(model=model)
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, expected)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu").eval()
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    with torch.inference_mode():
+        assert torch.equal(loaded(ids).logits, expected)
 
 
 def test_a_quantized_model_is_refused(make_trial: Any) -> None:

@@ -7,15 +7,17 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from optkit.modules import plain_tensors
 from optkit_plugins.kernels import weight_only_formats as formats
 from optkit_plugins.kernels.weight_only import FORMATS, WeightOnlyLinear, fuse, pack, weight_only_linear, why_not
-from optkit_plugins.kernels.weight_only_convert import use_fused_kernels
+from optkit_plugins.kernels.weight_only_convert import from_grid, give_back, use_fused_kernels
 
 
 @pytest.fixture
@@ -191,6 +193,10 @@ for format in formats.FORMATS:
     expected = x.double() @ exact.T + bias.double()
     errors[format + " expand"] = (launch.expand(packed, torch.float32).double() - exact).norm().item() / exact.norm().item()
     errors[format + " product"] = (launch.plain_product(x, packed, bias).double() - expected).norm().item() / expected.norm().item()
+parts = torch.randn(3, 2, 700, generator=generator)  # more than one program, and a rest
+for name, more in (("sum", None), ("sum and bias", torch.randn(700, generator=generator))):
+    expected = parts.double().sum(0) + (0 if more is None else more.double())
+    errors[name] = (launch.add_up(parts, more, torch.float32).double() - expected).norm().item() / expected.norm().item()
 print(json.dumps(errors))
 """
 
@@ -201,7 +207,7 @@ def test_plain_kernels_equal_float64() -> None:
     done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert len(errors) == 2 * len(FORMATS)
+    assert len(errors) == 2 * len(FORMATS) + 2
     assert max(errors.values()) < 1e-6, errors
 
 
@@ -266,29 +272,76 @@ def test_operation_is_sound_for_compilers() -> None:
     assert torch.equal(whole(x), layer(x))
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_layers_of_libraries_move_over_with_their_values(format: str) -> None:
-    model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 40), nn.Linear(40, 8)).eval()
-    if format == "nf4":
-        bnb = pytest.importorskip("optkit_plugins._bitsandbytes").load_bitsandbytes()
-        for i, linear in enumerate(model):
-            packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, quant_type="nf4", compute_dtype=torch.float32)
-            packed.weight = bnb.nn.Params4bit(linear.weight.data, quant_type="nf4", blocksize=64, module=packed).to("cpu")
-            packed.bias, packed.support_avx512bf16_for_cpu = linear.bias, False
-            model[i] = packed
-    else:
-        pytest.importorskip("torchao")
-        from optkit_plugins.int8 import Int8Options, load_torchao, torchao_config
+def bitsandbytes_layers(sizes: list[tuple[int, int]]) -> nn.Sequential:
+    bnb = pytest.importorskip("optkit_plugins._bitsandbytes").load_bitsandbytes()
+    layers = []
+    for columns, rows in sizes:
+        linear = nn.Linear(columns, rows)
+        packed = bnb.nn.Linear4bit(columns, rows, quant_type="nf4", compute_dtype=torch.float32)
+        packed.weight = bnb.nn.Params4bit(linear.weight.data, quant_type="nf4", blocksize=64, compress_statistics=False, module=packed).to(
+            "cpu"
+        )
+        packed.bias, packed.support_avx512bf16_for_cpu = nn.Parameter(linear.bias.data, requires_grad=False), False
+        layers.append(packed)
+    return nn.Sequential(*layers).eval()
 
-        load_torchao()
-        from torchao.quantization import quantize_
 
-        quantize_(model, torchao_config(Int8Options(), "cpu"))
+def torchao_layers(sizes: list[tuple[int, int]]) -> nn.Sequential:
+    pytest.importorskip("torchao")
+    from optkit_plugins.int8 import Int8Options, load_torchao, torchao_config
+
+    load_torchao()
+    from torchao.quantization import quantize_
+
+    model = nn.Sequential(*(nn.Linear(*size) for size in sizes)).eval()
+    quantize_(model, torchao_config(Int8Options.model_validate({}), "cpu"))
+    return model
+
+
+@pytest.mark.parametrize("make", [bitsandbytes_layers, torchao_layers])
+def test_layers_of_libraries_move_over_with_their_values_and_back(make: Any) -> None:
+    torch.manual_seed(7)
+    model = make([(128, 64), (64, 40), (40, 8)])
     x = torch.randn(3, 128)
     with torch.no_grad():
-        expected = model(x)
+        expected, before = model(x), {name: value.clone() for name, value in model.state_dict().items()}
         left = use_fused_kernels(model)
-        got = model(x)
-    assert [type(layer) is WeightOnlyLinear for layer in model] == [True, True, False]
-    assert list(left) == ["2"] and "input width 40" in left["2"]
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        assert [type(layer) is WeightOnlyLinear for layer in model] == [True, True, False]
+        assert list(left) == ["2"] and "input width 40" in left["2"]
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        give_back(model)
+        assert not any(isinstance(layer, WeightOnlyLinear) for layer in model)
+        assert torch.equal(model(x), expected)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    for name, value in before.items():
+        for mine, other in zip(plain_tensors(after[name]), plain_tensors(value), strict=True):
+            assert torch.equal(mine, other), name
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 64, True), (4, 128, False), (8, 128, True)])
+def test_layers_on_a_grid_are_packed_without_loss_and_given_back(bits: int, group: int, symmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(8)
+    integers = torch.randint(0, 2**bits, (32, 128), generator=generator)
+    middle = 2 ** (bits - 1)
+    zero = torch.full((32, 128 // group), middle) if symmetric else torch.randint(1, 16, (32, 128 // group), generator=generator)
+    scale = (torch.rand(32, 128 // group, generator=generator) * 0.02 + 0.01).half()
+    exact = (integers - zero.repeat_interleave(group, 1)).double() * scale.double().repeat_interleave(group, 1)
+    model = nn.Sequential(nn.Linear(128, 32))
+    model[0].weight = nn.Parameter(exact.to(torch.bfloat16), requires_grad=False)
+    packed = from_grid(model[0], bits, scale, zero)
+    assert isinstance(packed, WeightOnlyLinear)
+    assert torch.equal(packed.dequantize(torch.float64), exact.float().double())
+    assert packed.format == {4: "int4", 8: "int8"}[bits]
+    weight, model[0] = model[0].weight, packed
+    give_back(model)
+    assert type(model[0]) is nn.Linear and torch.equal(model[0].weight, weight)
+
+
+def test_layers_off_their_grid_stay_with_the_reason() -> None:
+    linear = nn.Linear(128, 32)
+    scale, zero = torch.full((32, 2), 0.05), torch.full((32, 2), 8)
+    assert "no longer lie on their grid" in str(from_grid(linear, 4, scale, zero))
+    assert "3 bits in groups of 64" in str(from_grid(linear, 3, scale, zero))
+    assert "multiple of 64" in str(from_grid(linear, 4, scale.repeat(1, 2), zero.repeat(1, 2)))
+    assert "no longer the one" in str(from_grid(linear, 4, scale[:16], zero[:16]))

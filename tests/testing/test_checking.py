@@ -1,5 +1,7 @@
 """Each check of the kit finds the fault that it is for, and passes the plugin that is well."""
 
+import contextlib
+
 import pytest
 
 from optkit.errors import UsageError
@@ -31,6 +33,19 @@ class Twice(torch.nn.Linear):
 model.lm_head.__class__ = Twice
 """.strip().splitlines()
 
+#: An engine whose second answer is another one, as where a cache is not emptied.
+STALE = """
+from optkit import Engine
+class Stale(Engine):
+    def __init__(self, inner):
+        self.inner, self.calls = inner, 0
+    def generate(self, prompts, *, new_tokens, exact=False):
+        self.calls += 1
+        return [[token + self.calls for token in row] for row in self.inner.generate(prompts, new_tokens=new_tokens, exact=exact)]
+    def log_probs(self, sequences, starts): return self.inner.log_probs(sequences, starts)
+@hookimpl
+def wrap_engine(engine): return Stale(engine)
+"""
 OPTIONS = "from optkit import Options\nclass O(Options): x: int = 1\n"
 SLOW = "import time\nend = time.process_time() + 0.2\nwhile time.process_time() < end: pass\n"
 REFUSES = ("from optkit import UsageError", "raise UsageError('no room')")
@@ -57,6 +72,7 @@ FAULTS = {
     "dependency at the top": ("import hypothesis\n" + well(requires="('hypothesis>=1',)"), "dependency", "without hypothesis it is broken"),
     "not finite": (well(transform("model.lm_head.weight.data.fill_(float('nan'))")), "runs[llama]", "not finite"),
     "not repeatable": (well(transform(*RANDOM)), "runs[llama]", "two runs with one seed differ"),
+    "something left behind": (well(STALE), "runs[llama]", "asked for the same texts twice"),
     "not declared lossy": (well(lossy="False"), "runs[llama]", "not declared lossy"),
     "raises": (well(transform("raise KeyError('q_proj')")), "runs[llama]", "KeyError"),
     "refuses": (well(transform(*REFUSES)), "runs[gpt2]", "it refuses a gpt2 model: no room"),
@@ -70,6 +86,10 @@ FAULTS = {
     "wrong bytes": (well(prove("{'bytes_stored': 7, 'summary': 's'}")), "bytes[llama]", "bytes_stored is 7"),
     "wrong bits": (well(LOUDER + "@hookimpl\ndef configure(): return Claims(weight_bits=4)"), "bytes[llama]", "claims 4 bits"),
     "not saved": (well(transform(*UNSAVED)), "saves[llama]", "loaded again, it scores differently"),
+    "refuses to be saved": (
+        well(LOUDER + "@hookimpl\ndef save_model():\n    from optkit import UsageError\n    raise UsageError('packed')"),
+        "saves[gpt2]", "it refuses to save a gpt2 model: UsageError: packed",
+    ),
     "exception that is not needed": (well(exceptions="{'llama': 'has no such layer'}"), "exceptions", "'llama' is declared and passes"),
     "exception for nothing": (well(exceptions="{'lama': 'x'}"), "exceptions", "'lama' is no check and no model"),
 }  # fmt: skip
@@ -125,6 +145,15 @@ def test_a_declared_exception_is_shown_with_its_reason_and_hides_nothing_else(su
     assert found.state == "exception" and found.detail.startswith("it turns rotary positions (it refuses a gpt2 model")
     assert result_of(one, "effect[gpt2]").state == "not checked" and result_of(one, "runs[llama]").state == "ok"
     assert result_of(one, "exceptions").state == "ok"
+
+
+def test_exceptions_speak_of_the_default_options(subject):
+    body = "@hookimpl\ndef transform_model(model, trial): model.lm_head.weight.data.mul_(trial.options.x)\n"
+    source = "from optkit import Options\nclass O(Options): x: float = 1.0\n" + well(body, options="O", exceptions="{'effect': 'times 1'}")
+    one = subject(source)
+    assert result_of(one, "effect[llama]").state == "exception" and result_of(one, "exceptions").state == "ok"
+    with contextlib.closing(Subject("subject", {"x": 2.0})) as other:
+        assert result_of(other, "effect[llama]").state == "ok" and result_of(other, "exceptions").state == "ok"
 
 
 def test_what_is_missing_here_is_not_checked_and_says_what_installs_it(subject):

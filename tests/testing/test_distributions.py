@@ -13,6 +13,7 @@ import pytest
 
 from optkit.errors import UsageError
 from optkit.scaffold import write_distribution
+from optkit.testing import imports
 from optkit.testing.checking import CHECKS, result_of
 from optkit.testing.subject import Subject
 
@@ -72,6 +73,9 @@ def test_what_plugins_new_writes_is_installed_and_its_tests_pass(optkit_run):
         for path in made.rglob("*")
         if path.is_file() and "@" in path.read_text().replace("@hookimpl", "").replace("actions/", "").replace("@v", "")
     ]
+    for lint in (["check"], ["format", "--check"]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *lint, "--no-cache", "."], cwd=made, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
     install(made, optkit_run.site)
     row = json.loads(optkit_run("plugins", "info", "soft-clip", "--format", "json").stdout)
     assert row["status"] == "ready" and row["distribution"] == "optkit-soft-clip"
@@ -103,14 +107,14 @@ def test_the_tutorial_ends_in_a_package_that_works_with_techniques_that_do_not_k
     pytest.importorskip("bitsandbytes")
     made = write_distribution("soft-clip", str(tmp_path))
     written = dict(re.findall(r"^```(?:python|toml) file=(\S+)\n(.*?)^```$", TUTORIAL.read_text(), re.MULTILINE | re.DOTALL))
-    assert set(written) == {"pyproject.toml", "optkit_soft_clip/__init__.py", "tests/test_soft_clip.py"}
+    assert set(written) == {"pyproject.toml", "optkit_soft_clip/__init__.py", "tests/test_soft_clip.py", "trying.py"}
     for name in ("optkit_soft_clip/__init__.py", "tests/test_soft_clip.py"):
         (made / name).write_text(written[name])
     ours, theirs = tomllib.loads((made / "pyproject.toml").read_text())["project"], tomllib.loads(written["pyproject.toml"])["project"]
     assert {key: ours[key] for key in theirs if key != "dependencies"} == {key: theirs[key] for key in theirs if key != "dependencies"}
     assert len([line for line in written["optkit_soft_clip/__init__.py"].splitlines() if line.strip()]) < 40
     install(made, tmp_path / "site")
-    assert "1 passed" in run_tests(made, tmp_path / "site", "-k", "not test_technique and not whole_run")
+    assert "2 passed" in run_tests(made, tmp_path / "site", "-k", "not test_technique and not whole_run")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.delitem(sys.modules, "optkit_soft_clip", raising=False)
     one = Subject("soft-clip", {"deviations": 1.5}, partners={"nf4": {}, "compile": {"backend": "aot_eager"}})
@@ -120,6 +124,13 @@ def test_the_tutorial_ends_in_a_package_that_works_with_techniques_that_do_not_k
         one.close()
     assert [result for result in found.values() if result.state != "ok"] == []
     assert found["combines"].detail.startswith("2 run together with it")
+
+
+def test_the_example_and_what_plugins_new_writes_use_public_names_alone(tmp_path):
+    files = [*EXAMPLE.rglob("*.py"), *write_distribution("soft-clip", str(tmp_path)).rglob("*.py")]
+    used = {name for path in files for name in imports.imported_names(path)}
+    assert {name for name in used if imports.is_private(name)} == set()
+    assert {"optkit.Technique", "optkit.modules.stored_bytes", "optkit.testing.TechniqueTests"} <= used
 
 
 def test_the_example_is_installed_and_its_tests_pass(tmp_path):

@@ -85,13 +85,6 @@ def test_no_configuration_file_names_code(optkit_run):
     assert "unknown key 'plugin-file'" in done.stderr and "loaded" not in done.stderr
 
 
-def test_a_plugin_file_takes_the_whole_way_to_a_plan(optkit_run):
-    file = optkit_run.here / "trying.py"
-    file.write_text(plugin("tried", "@hookimpl\ndef prove_effect(trial): return {}"))
-    done = optkit_run("plan", "--plugins", "tried", "--format", "json", env={"OPTKIT_PLUGIN_FILE": "trying.py"})
-    assert json.loads(done.stdout)["steps"][0]["name"] == "tried"
-
-
 SHOWN = """
 from pydantic import Field
 from optkit import Options, Technique, hookimpl
@@ -114,6 +107,15 @@ def test_info_shows_hooks_options_references_exceptions_and_conflicts(optkit_run
     assert "flash" not in facts["conflicts"]
     text = optkit_run("plugins", "info", "shown").stdout
     assert "it has no rotary positions" in text and "how wide it is" in text
+    listed = optkit_run("list-plugins").stdout
+    assert "checks that a technique says it cannot pass" in listed and "it has no rotary positions" in listed
+
+
+def test_doctor_names_what_a_technique_lacks_here(optkit_run):
+    optkit_run.plugin("lacking", plugin("lacking", "@hookimpl\ndef configure(): return Claims(problem='no adapter; set lacking.adapter')"))
+    rows = {row["name"]: row for row in json.loads(optkit_run("doctor", "--format", "json", code=None).stdout)}
+    found = rows["plugin lacking"]
+    assert (found["status"], found["detail"]) == ("warn", "unavailable: no adapter; set lacking.adapter")
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from optkit_plugins.kernels.decode_attention import LARGEST_SIZE, decode_attention, runs_on, spans_mask
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Attention = Callable[..., tuple[torch.Tensor, Any]]
+#: Rows × key heads for which ``decode_attention`` finds counters.
+MOST_PAIRS = 65536
 
 
 def grouped_decode(attend: Attention) -> Attention:
@@ -36,6 +40,26 @@ def grouped_decode(attend: Attention) -> Attention:
         grouped = query.view(rows, heads // groups, groups, size)
         out, weights = attend(UNGROUPED, grouped, key, value, attention_mask, **kwargs)  # (rows, groups, kv heads, size)
         return out.transpose(1, 2).reshape(rows, 1, heads, -1), weights
+
+    return attention
+
+
+def by_spans(attend: Attention, counters: torch.Tensor) -> Attention:
+    """``attend``, but ``decode_attention`` where the mask is one of spans: (2, rows, queries, 1) integers, first and last column of each query."""
+
+    def attention(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, Any]:
+        if attention_mask is None or attention_mask.dtype != torch.int64:
+            return attend(module, query, key, value, attention_mask, **kwargs)
+        first, last = attention_mask[0].flatten(), attention_mask[1].flatten()
+        if kwargs.get("position_bias") is not None:
+            mask = spans_mask(first, last, key.shape[2]).view(query.shape[0], 1, query.shape[2], -1)
+            return attend(module, query, key, value, mask, **kwargs)
+        scale = kwargs.get("scaling") or query.shape[3] ** -0.5
+        rows, heads, length, size = query.shape
+        flat = query.transpose(1, 2).reshape(rows * length, heads, 1, size)  # queries of one row (a draft) share its keys
+        return decode_attention(flat, key, value, first, last, scale=scale, counters=counters).view(rows, length, heads, -1), None
 
     return attention
 
@@ -62,8 +86,16 @@ def causal_without_padding(
     return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=None, local_size=local_size, **kwargs)
 
 
+def head_size(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config(decoder=True)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 class EngineAttention:
-    """The implementations of one model's engine: ``decode`` for one query a row, ``score`` for whole right-padded rows."""
+    """The implementations of one model's engine: ``decode`` for one query a row, ``score`` for whole right-padded rows.
+
+    :ivar spans: whether ``decode`` takes masks of spans (``by_spans``), which the kernel for true lengths does.
+    """
 
     def __init__(self, model: PreTrainedModel):
         self.configs: list[Any] = list({id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values())
@@ -71,10 +103,17 @@ class EngineAttention:
         self.names = {"decode": self.own, "score": self.own}
         #: bool masks work for everything built on SDPA, eager attention adds its mask to the scores
         self.additive_mask = self.own == "eager"
+        self.spans = False
         if self.own in ALL_ATTENTION_FUNCTIONS and ALL_MASK_ATTENTION_FUNCTIONS.get(self.own) is sdpa_mask:
             attend: Attention = ALL_ATTENTION_FUNCTIONS[self.own]  # type: ignore[assignment]
             self.names = {"decode": f"optkit_decode_{self.own}", "score": f"optkit_score_{self.own}"}
-            AttentionInterface.register(self.names["decode"], grouped_decode(attend))
+            decode = grouped_decode(attend)
+            self.spans = runs_on(model.device) and head_size(model) <= LARGEST_SIZE
+            if self.spans:
+                # kept here too: another engine registers its own under this name, and recorded graphs know only the address
+                self.counters = torch.zeros(MOST_PAIRS, dtype=torch.int32, device=model.device)
+                decode = by_spans(decode, self.counters)
+            AttentionInterface.register(self.names["decode"], decode)
             AttentionMaskInterface.register(self.names["decode"], sdpa_mask)  # type: ignore[arg-type]
             AttentionInterface.register(self.names["score"], attend)  # type: ignore[arg-type]
             AttentionMaskInterface.register(self.names["score"], causal_without_padding)
@@ -86,10 +125,11 @@ class EngineAttention:
 
     @contextmanager
     def use(self, purpose: str) -> Iterator[None]:
+        before = [config._attn_implementation for config in self.configs]
         for config in self.configs:
             config._attn_implementation = self.names[purpose]
         try:
             yield
         finally:
-            for config in self.configs:
-                config._attn_implementation = self.own
+            for config, implementation in zip(self.configs, before, strict=True):
+                config._attn_implementation = implementation

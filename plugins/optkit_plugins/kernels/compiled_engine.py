@@ -7,15 +7,18 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._dynamo.utils import counters
 
 from optkit import TransformersEngine, UnavailableError
-from optkit.engine import pad_left, pad_right, trim
+from optkit.engine import pad_left, trim
 from optkit_plugins.kernels.attention import EngineAttention
+from optkit_plugins.kernels.compiled_scoring import CompiledScorer
 from optkit_plugins.kernels.decode import EndWatch, Sampler, Slot, mask_windows
+from optkit_plugins.kernels.recorded import Recorded, without_recording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,8 +32,10 @@ FEWEST_COLUMNS = 64
 #: A bucket that is already compiled serves smaller batches down to this part of its rows and columns: computing a few rows for
 #: nothing is cheaper than another graph.
 SPARE_ROWS, SPARE_COLUMNS = 4, 2
-#: Scored rows are padded to a multiple of this, which keeps kernels aligned.
-SCORE_MULTIPLE = 16
+#: Prompts of up to this many tokens are read by a recorded CUDA graph: larger ones keep a GPU busy for longer than their launches take.
+RECORDED_TOKENS = 2048
+#: Columns of recorded prompts are rounded up to a multiple of this, so that few recordings serve all lengths.
+PROMPT_MULTIPLE = 32
 #: transformers' processors without memory: a function of the scores alone, so that they may run inside the graph.
 STATELESS = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta", "TopH")
 
@@ -63,12 +68,13 @@ class Tally:
 
 @dataclass
 class Bucket:
-    """One compiled step with its buffers; ``warm`` once it has run."""
+    """One compiled step with its buffers; ``warm`` once it has run. ``reads``: recorded prompts by rows, columns and raggedness."""
 
     name: str
     slot: Slot
     step: Callable[[], None]
     warm: bool = False
+    reads: dict[tuple[int, int, bool], Recorded] = field(default_factory=dict)
 
 
 class CompiledEngine(TransformersEngine):
@@ -88,7 +94,10 @@ class CompiledEngine(TransformersEngine):
         self.tally = Tally()
         self.slots: dict[tuple[int, int], Bucket] = {}
         self.samplers: dict[bool, tuple[Sampler, bool]] = {}
-        self.forwards: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        self.forwards: dict[str, Callable[..., torch.Tensor]] = {}
+        self.scorer: CompiledScorer | None = None
+        self.step_arguments, self.records = without_recording(arguments) if model.device.type == "cuda" else (arguments, False)
+        self.pool = torch.cuda.graph_pool_handle() if self.records else None
 
     # ------------------------------------------------------------ generation
 
@@ -100,10 +109,23 @@ class CompiledEngine(TransformersEngine):
             rows, width = ids.shape
             sampler, forbid_eos = self._sampler(exact, width)
             bucket = self._bucket(rows, width + new_tokens, sampler)
-            bucket.slot.prefill(ids, mask, forbid_eos=forbid_eos)
+            bucket.slot.put(ids, mask, forbid_eos=forbid_eos)
+            self._read(bucket, rows, width, ragged=any(len(prompt) < width for prompt in prompts))
             made = 1 + self._decode(bucket, new_tokens - 1, look=not exact)
             texts = bucket.slot.texts[:rows, width : width + made].tolist()
         return [trim(row, self.eos, exact) for row in texts]
+
+    def _read(self, bucket: Bucket, rows: int, width: int, *, ragged: bool) -> None:
+        """The prompts' forward pass; a recorded one where the device would wait for the host."""
+        wide = min(-(-width // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, bucket.slot.columns)
+        read: Callable[[], None] = partial(bucket.slot.read, rows, width, ragged=ragged)
+        if self.records and rows * wide <= RECORDED_TOKENS:
+            key = (rows, wide, ragged)
+            if key not in bucket.reads:
+                bucket.reads[key] = Recorded(partial(bucket.slot.read, rows, wide, ragged=ragged), self.pool)
+            read = bucket.reads[key]
+        with self.attention.use("decode" if ragged else "score"):
+            read()
 
     def _decode(self, bucket: Bucket, steps: int, *, look: bool) -> int:
         """Run up to ``steps`` steps. :return: how many ran."""
@@ -130,11 +152,18 @@ class CompiledEngine(TransformersEngine):
         if fitting:
             return self.slots[min(fitting)]
         key = (power_of_two(rows), power_of_two(max(columns, FEWEST_COLUMNS)))
-        slot = Slot(self.model, *key, sampler, self.eos, additive_mask=self.attention.additive_mask)
-        name = f"{key[0]} x {key[1]}"
-        step = torch.compile(with_own_code(slot.step, f"step of {name}"), dynamic=False, **self.arguments)
-        bucket = self.slots[key] = Bucket(name, slot, step)
+        bucket = self.slots[key] = self._new_bucket(*key, sampler)
         return bucket
+
+    def _new_bucket(self, rows: int, columns: int, sampler: Sampler) -> Bucket:
+        slot = Slot(self.model, rows, columns, sampler, self.eos, additive_mask=self.attention.additive_mask, spans=self.attention.spans)
+        name = f"{rows} x {columns}"
+        return Bucket(name, slot, self.compiled_step(slot.step, f"step of {name}"))
+
+    def compiled_step(self, method: Callable[[], None], name: str) -> Callable[[], None]:
+        """The bound method, which has neither inputs nor outputs, as one graph; recorded where the arguments ask for CUDA graphs."""
+        step = torch.compile(with_own_code(method, name), dynamic=False, **self.step_arguments)
+        return Recorded(step, self.pool) if self.records else step
 
     def _sampler(self, exact: bool, width: int) -> tuple[Sampler, bool]:
         """How tokens are picked, and whether end-of-text is forbidden: what ``generate`` would do, its model's own defaults included."""
@@ -146,76 +175,71 @@ class CompiledEngine(TransformersEngine):
             self.samplers[exact] = sampler_of(processors, config, exact)
         return self.samplers[exact]
 
+    def facts(self) -> dict[str, Any]:
+        """How steps and prompts run: the attention over the cache, recordings of our own, and why something is not recorded."""
+        steps = [bucket.step for bucket in self.slots.values() if isinstance(bucket.step, Recorded)]
+        reads = [read for bucket in self.slots.values() for read in bucket.reads.values()]
+        theirs = self.arguments.get("backend") == "cudagraphs"
+        return {
+            "attention": "kernel over each row's own columns" if self.attention.spans else self.attention.own,
+            "cuda_graphs": self.records or theirs,
+            "replay": "CUDA graphs of our own" if self.records else "torch.compile's CUDA graphs" if theirs else "no CUDA graphs",
+            "recorded_steps": sum(step.graph is not None for step in steps),
+            "recorded_prompts": sum(read.graph is not None for read in reads),
+            "not_recorded": sorted({recorded.problem for recorded in (*steps, *reads) if recorded.problem}),
+        }
+
     # ------------------------------------------------------------ scoring
 
     def log_probs(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Iterator[torch.Tensor]:
-        if not self.compile_score:
-            yield from super().log_probs(sequences, starts)
-            return
-        logits = self._forward("logits", sequences)
-        for row, sequence, start in zip(logits, sequences, starts, strict=True):
-            yield row[start - 1 : len(sequence) - 1].float().log_softmax(-1)
+        return self._scorer().log_probs(sequences, starts) if self.compile_score else super().log_probs(sequences, starts)
 
     def score(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[torch.Tensor]:
-        if not self.compile_score:
-            return super().score(sequences, starts)
-        scores = self._forward("scores", sequences)
-        return [row[start - 1 : len(ids) - 1].clone() for row, ids, start in zip(scores, sequences, starts, strict=True)]
+        return self._scorer().score(sequences, starts) if self.compile_score else super().score(sequences, starts)
 
-    def _forward(self, kind: str, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-        """One compiled pass over right-padded rows, with lengths and rows as symbols: one graph, and another for single rows."""
-        longest = max(len(sequence) for sequence in sequences)
-        width = -(-max(longest, 2) // SCORE_MULTIPLE) * SCORE_MULTIPLE
-        with torch.inference_mode(), self.attention.use("score"):
-            ids, _ = pad_right(sequences, self.pad, self.model.device)
-            ids = torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=self.pad)
-            key = f"{kind} of one row" if len(sequences) == 1 else kind
-            first = key not in self.forwards
-            if first:
-                plain = self._logits if kind == "logits" else self._scores
-                arguments = {**self.arguments, "mode": None} if self.arguments.get("mode") == "reduce-overhead" else self.arguments
-                self.forwards[key] = torch.compile(with_own_code(plain, key), **arguments)
-            torch._dynamo.maybe_mark_dynamic(ids, 1)
-            if len(sequences) > 1:
-                torch._dynamo.maybe_mark_dynamic(ids, 0)
-            return self.tally.count(lambda: self.forwards[key](ids), key, first=first)
+    def _scorer(self) -> CompiledScorer:
+        if self.scorer is None:
+            try:
+                self.scorer = CompiledScorer(self.model, self.attention, self.pad, self.arguments, self._forward)
+            except ValueError as error:
+                raise UnavailableError(f"compile cannot score: {error}; set compile.score=false, or leave out compile") from None
+        return self.scorer
 
-    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """(rows, columns, vocabulary). A mask of ones: padding is on the right, where no token looks."""
-        return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-
-    def _scores(self, ids: torch.Tensor) -> torch.Tensor:
-        """(rows, columns - 1): the log probability of each token from the second on, without distributions in memory."""
-        logits = self._logits(ids)[:, :-1].float()
-        return logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
+    def _forward(self, method: Callable[..., torch.Tensor], name: str, arguments: dict[str, Any], *tensors: torch.Tensor) -> torch.Tensor:
+        """The bound method as one graph, compiled the first time that ``name`` is met."""
+        first = name not in self.forwards
+        if first:
+            self.forwards[name] = torch.compile(with_own_code(method, name), **arguments)
+        return self.tally.count(lambda: self.forwards[name](*tensors), name, first=first)
 
     def close(self) -> None:
         self.slots.clear()
         self.forwards.clear()
+        self.scorer = None
 
 
-def check_supported(model: PreTrainedModel, attention: EngineAttention) -> None:
+def check_supported(model: PreTrainedModel, attention: EngineAttention, technique: str = "compile") -> None:
     """:raises UnavailableError: for a model whose step cannot be a graph over a static cache."""
     config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
     missing = {"position_ids", "past_key_values", "attention_mask"} - inspect.signature(model.forward).parameters.keys()
     if model.config.is_encoder_decoder or missing:
         what = "an encoder and a decoder" if model.config.is_encoder_decoder else f"no {', '.join(sorted(missing))} in its forward"
-        raise UnavailableError(f"compile cannot run {name}: it has {what}; leave out compile for this model")
+        raise UnavailableError(f"{technique} cannot run {name}: it has {what}; leave out {technique} for this model")
     strange = set(mask_windows(model)) - {"", "full_attention", "sliding_attention"}
     if strange or getattr(config, "attention_chunk_size", None):
         kinds = ", ".join(sorted(strange)) or "chunked attention"
         raise UnavailableError(
-            f"compile cannot run {name}: its static cache does not hold layers of {kinds}; leave out compile for this model"
+            f"{technique} cannot run {name}: its static cache does not hold layers of {kinds}; leave out {technique} for this model"
         )
     if not attention.usable:
         raise UnavailableError(
-            f"compile cannot run with the attention implementation '{attention.own}', which takes no mask of fixed shape; "
-            "set load.attention=sdpa, or leave out compile"
+            f"{technique} cannot run with the attention implementation '{attention.own}', which takes no mask of fixed shape; "
+            f"set load.attention=sdpa, or leave out {technique}"
         )
 
 
-def sampler_of(processors: Sequence[Any], config: Any, exact: bool) -> tuple[Sampler, bool]:
+def sampler_of(processors: Sequence[Any], config: Any, exact: bool, technique: str = "compile") -> tuple[Sampler, bool]:
     """transformers' processors as a sampler for the graph, and whether end-of-text is forbidden throughout.
 
     :raises UnavailableError: for one that needs the whole text or the host.
@@ -231,8 +255,8 @@ def sampler_of(processors: Sequence[Any], config: Any, exact: bool) -> tuple[Sam
             warpers.append(processor)
         else:
             raise UnavailableError(
-                f"compile does not do {name}, which the model's generation_config or a setting asks for; "
-                "leave out compile, or change that value in generation_config.json"
+                f"{technique} does not do {name}, which the model's generation_config or a setting asks for; "
+                f"leave out {technique}, or change that value in generation_config.json"
             )
     return Sampler(penalty, tuple(warpers), bool(config.do_sample)), forbid_eos
 

@@ -104,11 +104,14 @@ class Slot:
 
     :ivar texts: (rows, columns) tokens, prompts and continuations. :ivar column: (1,) the column of the newest token.
     :ivar start: (rows, 1) column of each row's first token. :ivar done: (rows,) whether the row's text has ended.
+
+    :param additive_mask: attention adds its mask to the scores. :param spans: it takes each row's first and last column instead.
     """
 
     def __init__(
-        self, model: PreTrainedModel, rows: int, columns: int, sampler: Sampler, eos: Collection[int], *, additive_mask: bool = False
-    ):
+        self, model: PreTrainedModel, rows: int, columns: int, sampler: Sampler, eos: Collection[int], *,
+        additive_mask: bool = False, spans: bool = False,
+    ):  # fmt: skip
         config = model.config.get_text_config(decoder=True)
         vocabulary, device = model.get_output_embeddings().weight.shape[0], model.device
         self.model, self.sampler, self.rows, self.columns = model, sampler, rows, columns
@@ -120,25 +123,33 @@ class Slot:
         self.used = fixed(torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)) if sampler.penalty != 1.0 else None
         self.eos = fixed(torch.tensor(sorted(eos), dtype=torch.int64, device=device)) if eos else None
         self.all_columns = fixed(torch.arange(columns, device=device))
-        self.windows = mask_windows(model)
+        self.windows, self.spans = mask_windows(model), spans
         self.mask_dtype = model.dtype if additive_mask else None
         self.layers = [FixedLayer(rows, columns, self.column) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor, *, forbid_eos: bool) -> None:
         """Read left-padded prompts, (real rows, prompt columns), and write their first new token."""
-        rows, columns = ids.shape
-        self._reset(ids, mask, forbid_eos)
+        self.put(ids, mask, forbid_eos=forbid_eos)
+        self.read(*ids.shape, ragged=not bool(mask.all()))
+
+    def read(self, rows: int, width: int, *, ragged: bool) -> None:
+        """Read the prompts that were ``put``, and write their first new token. Without inputs, as a step is.
+
+        :param width: columns to read; those behind the prompts are computed for nothing: no token sees them, and steps overwrite them.
+        :param ragged: whether rows have padding on their left. Without, no mask is needed.
+        """
+        ids, newest = self.texts[:rows, :width], self.column.reshape(-1)[:1]
         for layer in self.layers:
-            layer.prefill_columns = columns
+            layer.prefill_columns = width
         try:
             logits = self.model(
                 input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp_(min=0),
+                attention_mask=self._prompt_masks(rows, width) if ragged else torch.ones_like(ids),
+                position_ids=(torch.minimum(self.all_columns[:width], newest) - self.start[:rows]).clamp(min=0),
                 past_key_values=self.cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=newest,
             ).logits[:, -1]
         finally:
             for layer in self.layers:
@@ -147,7 +158,8 @@ class Slot:
         every_row[:rows] = logits
         self._append(every_row)
 
-    def _reset(self, ids: torch.Tensor, mask: torch.Tensor, forbid_eos: bool) -> None:
+    def put(self, ids: torch.Tensor, mask: torch.Tensor, *, forbid_eos: bool) -> None:
+        """Put left-padded prompts, (real rows, prompt columns), into the buffers and begin anew."""
         rows, columns = ids.shape
         self.done.zero_()
         self.done[rows:] = True
@@ -174,14 +186,38 @@ class Slot:
         self._append(logits)
 
     def _masks(self) -> Any:
-        """Masks of shape (rows, 1, 1, columns), by layer type where the model asks for it."""
-        seen = (self.all_columns <= self.column) & (self.all_columns >= self.start)
+        """Masks of shape (rows, 1, 1, columns), or spans of shape (2, rows, 1, 1), by layer type where the model asks for it."""
+        if not self.spans:
+            return self._each_window(lambda window: self._seen(self.all_columns, self.column, self.start, window)[:, None, None, :])
+
+        def span(window: int | None) -> torch.Tensor:
+            first = self.start if window is None else torch.maximum(self.start, self.column - (window - 1))
+            return torch.stack([first, self.column.expand_as(first)])[..., None]
+
+        return self._each_window(span)
+
+    def _prompt_masks(self, rows: int, width: int) -> Any:
+        """Masks of shape (rows, 1, width, width), by layer type where the model asks for it. Padding sees itself, or it would be NaN."""
+        place = self.all_columns[:width]
+
+        def mask(window: int | None) -> torch.Tensor:
+            seen = self._seen(place, place[:, None], self.start[:rows, None], window) | (place == place[:, None])
+            return seen[:, None]
+
+        return self._each_window(mask)
+
+    def _seen(self, place: torch.Tensor, query: torch.Tensor, start: torch.Tensor, window: int | None) -> torch.Tensor:
+        seen = (place <= query) & (place >= start)
+        return seen if window is None else seen & (place > query - window)
+
+    def _each_window(self, mask_of: Callable[[int | None], torch.Tensor]) -> Any:
+        """The mask, in the form that attention takes, by layer type where the model asks for it."""
         masks = {}
         for kind, window in self.windows.items():
-            mask = seen if window is None else seen & (self.all_columns > self.column - window)
+            mask = mask_of(window)
             if self.mask_dtype is not None:
                 mask = torch.zeros_like(mask, dtype=self.mask_dtype).masked_fill(~mask, torch.finfo(self.mask_dtype).min)
-            masks[kind] = mask[:, None, None, :]
+            masks[kind] = mask
         return masks.get("", masks)
 
     def _append(self, logits: torch.Tensor) -> None:

@@ -8,7 +8,6 @@ CUDA graph serves every position; programs without columns leave at once.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import torch
@@ -17,6 +16,8 @@ import torch
 CAPABILITY = (7, 5)
 #: Heads up to this size fit in a program's registers.
 LARGEST_SIZE = 256
+#: Programs that share a row's columns, at most; twice as many where more than ``LONG`` columns are allocated.
+MOST_SPLITS, LONG = 16, 4096
 
 
 def decode_attention(
@@ -34,7 +35,8 @@ def decode_attention(
     """Softmax attention over the columns ``first[row]`` … ``last[row]``, both included: (rows, heads, size) in the query's dtype.
 
     :param query: (rows, heads, 1, size). :param keys: (rows, key heads, columns, size), as :param values:, with any strides but 1 for the
-        last; heads is a multiple of key heads, and consecutive query heads share a key head.
+        last; heads is a multiple of key heads, and consecutive query heads share a key head. So may consecutive rows of queries share a
+        row of keys: a draft's tokens do.
     :param first: (rows,) integers on the same device, as :param last:. A row without columns gives zeros.
     :param scale: factor on the scores. :param window: only the last ``window`` columns. :param softcap: ``c`` in ``c * tanh(score / c)``.
     :param counters: zeros, int32, at least rows × key heads, for one launch instead of two. They are zeros again afterwards; give the
@@ -59,6 +61,7 @@ def plain_decode_attention(
     rows, heads, _, size = query.shape
     groups = heads // keys.shape[1]
     grouped = query.to(dtype).reshape(rows, keys.shape[1], groups, size)
+    keys, values = (tensor.repeat_interleave(rows // keys.shape[0], 0) if rows != keys.shape[0] else tensor for tensor in (keys, values))
     scores = grouped @ keys.to(dtype).transpose(2, 3) * scale
     if softcap:
         scores = (scores / softcap).tanh() * softcap
@@ -123,7 +126,12 @@ def runs_on(device: torch.device) -> bool:
     """Whether this is an NVIDIA GPU with Triton."""
     from torch.utils._triton import has_triton
 
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= CAPABILITY and bool(has_triton())
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= CAPABILITY
+        and bool(has_triton())
+    )
 
 
 def launch(
@@ -137,10 +145,9 @@ def launch(
     window: int = 0,
     softcap: float = 0.0,
     *,
-    block: int = 32,
+    block: int | None = None,
     splits: int | None = None,
-    warps: int = 4,
-    stages: int = 3,
+    warps: int = 2,
 ) -> torch.Tensor:
     """The kernel's launches; under Triton's interpreter on a CPU too.
 
@@ -150,23 +157,14 @@ def launch(
 
     rows, heads, _, size = query.shape
     kv_heads = keys.shape[1]
-    pairs, groups, width = rows * kv_heads, heads // kv_heads, power_of_two(size)
-    splits = splits or default_splits(pairs, -(-keys.shape[2] // block), query.device)
+    block = block or (32 if power_of_two(size) * query.element_size() <= 512 else 16)
+    pairs, groups = rows * kv_heads, heads // kv_heads
+    splits = splits or default_splits(pairs, keys.shape[2], query.device)
     out = query.new_empty(rows, heads, size)
     sums = torch.empty((pairs, splits, groups, size) if splits > 1 else (1,), dtype=torch.float32, device=query.device)
     stats = torch.empty((pairs, splits, groups, 2) if splits > 1 else (1,), dtype=torch.float32, device=query.device)
     fused = splits > 1 and counters is not None and counters.numel() >= pairs
-    constants = {
-        "GROUPS": groups,
-        "SIZE": size,
-        "WIDTH": width,
-        "BLOCK": block,
-        "SPLITS": splits,
-        "WINDOW": window,
-        "PARTS_AT_ONCE": max(1, min(power_of_two(splits), 8192 // (power_of_two(groups) * width))),
-        "PADDED_GROUPS": power_of_two(groups),
-        "PADDED_SPLITS": power_of_two(splits),
-    }
+    chosen = constants(groups, size, block, splits, window)
     kernel.split[(pairs, splits)](
         query,
         keys,
@@ -187,13 +185,35 @@ def launch(
         SOFTCAP=softcap,
         FUSED=fused,
         UPCAST=upcast(query),
-        **constants,
+        SHARE=rows // keys.shape[0],
+        **chosen,
         num_warps=warps,
-        num_stages=stages,
+        num_stages=stages(block, size, query.element_size()),
     )
     if splits > 1 and not fused:
-        kernel.combine[(pairs,)](first, last, out, sums, stats, kv_heads, **constants, num_warps=warps)
+        kernel.combine[(pairs,)](first, last, out, sums, stats, kv_heads, **chosen, num_warps=warps)
     return out
+
+
+def constants(groups: int, size: int, block: int, splits: int, window: int) -> dict[str, int]:
+    """What both kernels are compiled for. A register tile's sides are powers of two."""
+    width, padded = power_of_two(size), power_of_two(groups)
+    return {
+        "GROUPS": groups,
+        "SIZE": size,
+        "WIDTH": width,
+        "BLOCK": block,
+        "SPLITS": splits,
+        "WINDOW": window,
+        "PADDED_GROUPS": padded,
+        "PADDED_SPLITS": power_of_two(splits),
+        "PARTS_AT_ONCE": max(1, min(power_of_two(splits), 4096 // (padded * width))),
+    }
+
+
+def stages(block: int, size: int, itemsize: int) -> int:
+    """Blocks under way at once: as many as 64 KB of shared memory hold, which every GPU has, and not more than three."""
+    return max(1, min(3, (1 << 16) // (2 * block * power_of_two(size) * itemsize)))
 
 
 def upcast(query: torch.Tensor) -> bool:
@@ -201,10 +221,11 @@ def upcast(query: torch.Tensor) -> bool:
     return query.dtype == torch.bfloat16 and (query.device.type != "cuda" or torch.cuda.get_device_capability(query.device) < (8, 0))
 
 
-def default_splits(pairs: int, blocks: int, device: torch.device) -> int:
-    """Programs a row and key head: enough to fill the device, at most 32 and no more than blocks of allocated columns."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(32, blocks, power_of_two(math.ceil(2 * processors / pairs))))
+def default_splits(pairs: int, columns: int, device: torch.device) -> int:
+    """Programs a row and key head: enough to fill the device. More of them make short rows slower, because their parts are added up."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
+    most = MOST_SPLITS if columns <= LONG else 2 * MOST_SPLITS
+    return max(1, min(most, power_of_two(2 * processors // pairs + 1) // 2))
 
 
 def power_of_two(number: int) -> int:

@@ -38,16 +38,15 @@ def add_up(
     size = tl.arange(0, WIDTH)
     total = tl.zeros((PADDED_GROUPS, WIDTH), tl.float32)
     weight = tl.zeros((PADDED_GROUPS,), tl.float32)
-    for begin in tl.static_range(0, SPLITS, PARTS_AT_ONCE):
+    for begin in range(0, parts, PARTS_AT_ONCE):
         some = begin + tl.arange(0, PARTS_AT_ONCE)
-        at = (pair * SPLITS + some[:, None]) * GROUPS + group[None, :]
-        there = (some[:, None] < parts) & (group[None, :] < GROUPS)
-        factor = tl.exp2(tl.load(stats + at * 2, mask=there, other=float("-inf"), cache_modifier=".cg") - highest[None, :])
-        factor = tl.where(there, factor, 0.0)
-        weight += tl.sum(factor * tl.load(stats + at * 2 + 1, mask=there, other=0.0, cache_modifier=".cg"), axis=0)
-        sums_at = sums + at[:, :, None] * SIZE + size[None, None, :]
-        mask = there[:, :, None] & (size[None, None, :] < SIZE)
-        total += tl.sum(tl.load(sums_at, mask=mask, other=0.0, cache_modifier=".cg") * factor[:, :, None], axis=0)
+        place = (pair * SPLITS + some[:, None]) * GROUPS + group[None, :]
+        exists = (some[:, None] < parts) & (group[None, :] < GROUPS)
+        factor = tl.exp2(tl.load(stats + place * 2, mask=exists, other=float("-inf"), cache_modifier=".cg") - highest[None, :])
+        weight += tl.sum(factor * tl.load(stats + place * 2 + 1, mask=exists, other=0.0, cache_modifier=".cg"), axis=0)
+        mask = exists[:, :, None] & (size[None, None, :] < SIZE)
+        sums_of = tl.load(sums + place[:, :, None] * SIZE + size[None, None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        total += tl.sum(sums_of * factor[:, :, None], axis=0)
     store(out, total / tl.where(weight > 0, weight, 1.0)[:, None], pair, kv_heads, group, size, GROUPS, SIZE)
 
 
@@ -62,7 +61,7 @@ def store(out, value, pair, kv_heads, group, size, GROUPS: tl.constexpr, SIZE: t
 def split(
     query, keys, values, first, last, out, sums, stats, counters,
     query_row, query_head, key_row, key_head, key_column, value_row, value_head, value_column, scale, kv_heads,
-    TILE: tl.constexpr, SOFTCAP: tl.constexpr, FUSED: tl.constexpr, UPCAST: tl.constexpr,
+    TILE: tl.constexpr, SOFTCAP: tl.constexpr, FUSED: tl.constexpr, UPCAST: tl.constexpr, SHARE: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
     PADDED_GROUPS: tl.constexpr, PADDED_SPLITS: tl.constexpr, PARTS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -83,8 +82,9 @@ def split(
     asked = tl.load(query_at, mask=(group[:, None] < GROUPS) & (size[None, :] < SIZE), other=0.0)
     if UPCAST:
         asked = asked.to(tl.float32)
-    key_at = keys + row.to(tl.int64) * key_row + head.to(tl.int64) * key_head
-    value_at = values + row.to(tl.int64) * value_row + head.to(tl.int64) * value_head
+    owner = (row // SHARE).to(tl.int64)
+    key_at = keys + owner * key_row + head.to(tl.int64) * key_head
+    value_at = values + owner * value_row + head.to(tl.int64) * value_head
     highest = tl.full((TILE,), float("-inf"), tl.float32)
     weight = tl.zeros((TILE,), tl.float32)
     total = tl.zeros((TILE, WIDTH), tl.float32)
@@ -120,9 +120,7 @@ def split(
         if FUSED:
             tl.debug_barrier()  # every thread's part is written before one of them says so
             if tl.atomic_add(counters + pair, 1, sem="acq_rel") == parts - 1:
-                add_up(
-                    pair, parts, out, sums, stats, kv_heads, GROUPS, SIZE, WIDTH, SPLITS, PADDED_GROUPS, PADDED_SPLITS, PARTS_AT_ONCE
-                )
+                add_up(pair, parts, out, sums, stats, kv_heads, GROUPS, SIZE, WIDTH, SPLITS, PADDED_GROUPS, PADDED_SPLITS, PARTS_AT_ONCE)
                 tl.store(counters + pair, 0)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optkit_plugins.kernels.weight_only import WeightOnlyLinear, fuse, weight_only_linear
+from optkit_plugins.kernels.weight_only import Packed, WeightOnlyLinear, fuse, linear
 from optkit_plugins.kernels.weight_only_formats import TILE_ROWS
 
 #: Names of layers that read the same input, as decoder-only models call them.
@@ -66,7 +66,8 @@ class Joined(nn.Module):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed:
-            return weight_only_linear(x, self.words, self.scales, self.zeros, self.bias, self.format, sum(self.sizes), self.group)
+            shape = (sum(self.sizes), x.shape[-1])
+            return linear(x, Packed(self.format, shape, self.group, self.words, self.scales, self.zeros), self.bias)
         return nn.functional.linear(x, self.weight, self.bias)
 
 

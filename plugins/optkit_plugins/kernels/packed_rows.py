@@ -10,6 +10,7 @@ import torch
 
 from optkit import TransformersEngine, UnavailableError
 from optkit_plugins.kernels.decode import mask_windows
+from optkit_plugins.kernels.scoring import BodyAndHead, asked_positions, in_chunks, split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,18 +27,28 @@ class PackedEngine(TransformersEngine):
         super().__init__(model, trial)
         if "position_ids" not in inspect.signature(model.forward).parameters:
             raise UnavailableError(f"{type(model).__name__} takes no position_ids, so samples cannot share a row; set batching.kind=length")
+        try:
+            self.parts = BodyAndHead(model)
+        except ValueError as error:
+            raise UnavailableError(f"packed rows: {error}; set batching.kind=length") from None
+
+    def score(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            places, targets = asked_positions(sequences, starts, None, self.model.device)
+            return split(in_chunks(self.parts.scores, self._hidden(sequences), places, targets), sequences, starts)
 
     def log_probs(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Iterator[torch.Tensor]:
+        with torch.inference_mode():
+            hidden = self._hidden(sequences)
+        yield from self.parts.log_probs(hidden, sequences, starts, None)
+
+    def _hidden(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Hidden states (all tokens, width) of one row that holds every sequence."""
         device = self.model.device
         ids = torch.tensor([[token for sequence in sequences for token in sequence]], device=device)
         positions = torch.cat([torch.arange(len(sequence), device=device) for sequence in sequences])[None]
         sample = torch.repeat_interleave(torch.tensor([len(sequence) for sequence in sequences], device=device))
-        with torch.inference_mode():
-            logits = self.model(input_ids=ids, attention_mask=self._masks(sample), position_ids=positions, use_cache=False).logits[0]
-        end = 0
-        for sequence, start in zip(sequences, starts, strict=True):
-            begin, end = end, end + len(sequence)
-            yield logits[begin + start - 1 : end - 1].float().log_softmax(-1)
+        return self.parts.hidden(ids, attention_mask=self._masks(sample), position_ids=positions)[0]
 
     def _masks(self, sample: torch.Tensor) -> Any:
         """Masks (1, 1, tokens, tokens), by layer type where the model asks for it: causal, and within one sample."""

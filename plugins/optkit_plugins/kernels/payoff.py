@@ -7,8 +7,8 @@ from statistics import median
 
 #: Steps with a draft, and plain ones, that a verdict rests on.
 TRIAL_STEPS, PLAIN_STEPS = 32, 6
-#: During a trial one step in so many is plain, so that there is something to compare with.
-PLAIN_EVERY = 5
+#: Steps with a draft before the first plain ones.
+FIRST_DRAFTS = 4
 #: Plain steps before drafts are tried again after they did not pay; doubled each time.
 PAUSE_STEPS = 256
 
@@ -41,18 +41,18 @@ class Payoff:
         """Whether the next step should verify a draft."""
         if self.pause:
             return False
-        return not self.adaptive or len(self.plain_seconds) >= PLAIN_STEPS or len(self.draft_steps) % PLAIN_EVERY != PLAIN_EVERY - 1
+        return not self.adaptive or len(self.plain_seconds) >= PLAIN_STEPS or len(self.draft_steps) < FIRST_DRAFTS
 
-    def plain(self, seconds: float) -> None:
-        """A plain step was made."""
-        self.passes += 1
-        self.pause = max(0, self.pause - 1)
-        self.plain_seconds = [*self.plain_seconds[-PLAIN_STEPS:], seconds]
+    def plain(self, seconds: float, steps: int = 1) -> None:
+        """Plain steps were made, each in so many seconds."""
+        self.passes += steps
+        self.pause = max(0, self.pause - steps)
+        self.plain_seconds = [*self.plain_seconds, *[seconds] * steps][-PLAIN_STEPS - 1 :]
 
-    def draft(self, tokens: float, seconds: float) -> None:
-        """A step with a draft was made, of ``tokens`` a row that was not at its end."""
-        self.passes += 1
-        self.draft_steps.append((tokens, seconds))
+    def draft(self, tokens: float, seconds: float, steps: int = 1) -> None:
+        """Steps with a draft were made, each of ``tokens`` a row that was not at its end."""
+        self.passes += steps
+        self.draft_steps += [(tokens, seconds)] * steps
         if self.adaptive and len(self.draft_steps) >= TRIAL_STEPS and len(self.plain_seconds) >= PLAIN_STEPS:
             self._judge()
 

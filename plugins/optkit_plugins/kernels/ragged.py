@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from optkit_plugins.kernels.decode import Sampler, fixed, mask_windows
-from optkit_plugins.kernels.ragged_attention import spans
+from optkit_plugins.kernels.ragged_attention import packed_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,8 +35,12 @@ class Places:
         """:param runs: (row, first column, one past the last column)."""
         rows = [row for row, begin, end in runs for _ in range(begin, end)]
         columns = [column for _, begin, end in runs for column in range(begin, end)]
-        both = torch.tensor([rows, columns]).to(device, non_blocking=True)
-        return cls(both[0], both[1])
+        return cls(*on(device, [rows, columns]))
+
+
+def on(device: torch.device, numbers: Sequence[Any]) -> torch.Tensor:
+    """Whole numbers on ``device``, without waiting for what it is doing."""
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -97,12 +102,10 @@ class RaggedSlot:
 
     :ivar texts: (rows, columns) new tokens, each at its own column. :ivar column: (rows,) the column of each row's newest token.
     :ivar last: (rows,) the column of the last token that a row may have. :ivar done: (rows,) whether the row's text has ended.
-    :ivar by_columns: the decode attention takes first and last columns instead of masks, and reads nothing for rows that are done.
+    :ivar spans: attention takes each row's first and last column instead of a mask, and reads nothing for rows that are done.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, rows: int, columns: int, sampler: Sampler, eos: Collection[int], *, by_columns: bool = False
-    ):
+    def __init__(self, model: PreTrainedModel, rows: int, columns: int, sampler: Sampler, eos: Collection[int], *, spans: bool = False):
         config = model.config.get_text_config(decoder=True)
         vocabulary, device = model.get_output_embeddings().weight.shape[0], model.device
         self.model, self.sampler, self.rows, self.columns = model, sampler, rows, columns
@@ -114,7 +117,7 @@ class RaggedSlot:
         self.used = fixed(torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)) if sampler.penalty != 1.0 else None
         self.eos = fixed(torch.tensor(sorted(eos), dtype=torch.int64, device=device)) if eos else None
         self.all_columns = fixed(torch.arange(columns, device=device))
-        self.by_columns = by_columns
+        self.spans = spans
         self.windows = mask_windows(model)
         decoding = Places(fixed(torch.arange(rows, device=device)), self.column)
         self.layers = [RaggedLayer(columns, decoding) for _ in range(config.num_hidden_layers)]
@@ -134,12 +137,12 @@ class RaggedSlot:
         device = self.texts.device
         lengths = [len(prompts[one.index]) for one in wave]
         new = [tokens - one.shared for one, tokens in zip(wave, lengths, strict=True)]
-        flat = torch.tensor([[token for one in wave for token in prompts[one.index][one.shared :]]]).to(device, non_blocking=True)
+        flat = on(device, [[token for one in wave for token in prompts[one.index][one.shared :]]])
         reading = Places.of([(one.row, one.shared, tokens) for one, tokens in zip(wave, lengths, strict=True)], device)
         seen = Places.of([(one.row, 0, tokens) for one, tokens in zip(wave, lengths, strict=True)], device) if new != lengths else None
         self._copy_prefixes(wave)
-        masks = {kind: spans(new, lengths, window) for kind, window in self.windows.items()}
-        ends = torch.tensor(new).cumsum(0).sub(1).to(device, non_blocking=True)
+        masks = {kind: packed_mask(new, lengths, window) for kind, window in self.windows.items()}
+        ends = on(device, [end - 1 for end in accumulate(new)])
         for layer in self.layers:
             layer.reading, layer.seen = reading, seen
         try:
@@ -171,12 +174,11 @@ class RaggedSlot:
     ) -> None:
         """:param logits: (prompts of the wave, vocabulary)."""
         numbers = [[one.row, len(prompts[one.index]), len(prompts[one.index]) + limits[one.index] - 1] for one in wave]
-        rows, column, last = torch.tensor(numbers).to(logits.device, non_blocking=True).unbind(1)
+        rows, column, last = on(logits.device, numbers).unbind(1)
         used = None
         if self.used is not None:
             used = torch.zeros(len(wave), self.used.shape[1], dtype=torch.bool, device=logits.device)
-            prompt_tokens = [(place, token) for place, one in enumerate(wave) for token in prompts[one.index]]
-            place, token = torch.tensor(prompt_tokens).to(logits.device, non_blocking=True).unbind(1)
+            place, token = on(logits.device, [(place, token) for place, one in enumerate(wave) for token in prompts[one.index]]).unbind(1)
             used[place, token] = True
         tokens = self.sampler.pick(logits, used, self.forbidden)
         if self.used is not None and used is not None:
@@ -208,8 +210,8 @@ class RaggedSlot:
             self.done.logical_or_(torch.isin(tokens, self.eos))
 
     def _masks(self) -> Any:
-        """Masks of shape (rows, 1, 1, columns), or (1, 1, 2, rows) by columns; a dictionary where the model has several layer types."""
-        make = self._columns_seen if self.by_columns else self._mask
+        """Masks of shape (rows, 1, 1, columns), or spans of shape (2, rows, 1, 1), by layer type where the model asks for it."""
+        make = self._span if self.spans else self._mask
         masks = {kind: make(window) for kind, window in self.windows.items()}
         return masks.get("", masks)
 
@@ -220,13 +222,13 @@ class RaggedSlot:
             mask = mask & (self.all_columns > newest - window)
         return mask[:, None, None, :]
 
-    def _columns_seen(self, window: int | None) -> torch.Tensor:
+    def _span(self, window: int | None) -> torch.Tensor:
         first = torch.zeros_like(self.column) if window is None else (self.column - window + 1).clamp(min=0)
-        return torch.stack((first, self.column.masked_fill(self.done, -1)))[None, None]
+        return torch.stack((first, self.column.masked_fill(self.done, -1)))[..., None, None]
 
     def collect(self, rows: Sequence[int], begins: Sequence[int], width: int) -> torch.Tensor:
         """(rows, width): the new tokens of these rows, whose prompts have ``begins`` tokens; what follows a text's end is arbitrary."""
         device = self.texts.device
-        row, begin = torch.tensor([list(rows), list(begins)]).to(device, non_blocking=True)
+        row, begin = on(device, [list(rows), list(begins)])
         columns = (begin[:, None] + torch.arange(width, device=device)).clamp_(max=self.columns - 1)
         return self.texts[row[:, None], columns]

@@ -1,6 +1,6 @@
-"""Attention for rows of unequal length: over prompts that lie one after another in a single row, and over each row's own columns.
+"""Attention over several prompts that lie one after another in a single row, without padding and without a mask over all of them.
 
-What is seen travels where a mask would, in fewer numbers: transformers passes four-dimensional masks on as they are.
+Where each prompt lies travels in place of a mask: transformers passes four-dimensional masks on as they are.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from optkit_plugins.kernels.decode_attention import decode_attention
+#: SDPA's backends but cuDNN's, which plans anew for every length and every stride: 40 ms a prompt on an H200, whose attention takes 0.01.
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 Attention = Callable[..., tuple[torch.Tensor, Any]]
 
@@ -27,30 +29,8 @@ def register_packed(own: str) -> str:
     return name
 
 
-def register_by_columns() -> str:
-    """The name of the decode attention that reads each row's own columns only."""
-    AttentionInterface.register("optkit_by_columns", by_columns)  # type: ignore[arg-type]
-    AttentionMaskInterface.register("optkit_by_columns", sdpa_mask)  # type: ignore[arg-type]
-    return "optkit_by_columns"
-
-
-def by_columns(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, Any]:
-    """One query a row. :param attention_mask: (1, 1, 2, rows): the first and the last column of each row."""
-    first, last = attention_mask[0, 0].unbind()
-    out = decode_attention(query, key, value, first, last, scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return out[:, None], None
-
-
 def packed(attend: Attention) -> Attention:
-    """``attend``, prompt by prompt. ``attention_mask`` is what ``spans`` gives."""
+    """``attend``, prompt by prompt. ``attention_mask`` is what ``packed_mask`` gives."""
 
     def attention(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
@@ -67,7 +47,7 @@ def packed(attend: Attention) -> Attention:
     return attention
 
 
-def spans(queries: list[int], keys: list[int], window: int | None) -> torch.Tensor:
+def packed_mask(queries: list[int], keys: list[int], window: int | None) -> torch.Tensor:
     """(1, 1, prompts, 3): each prompt's queries, its keys (the same, or more where earlier ones are cached), and the window or 0."""
     return torch.tensor([[[[*pair, window or 0] for pair in zip(queries, keys, strict=True)]]])
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.attention import sdpa_kernel
 
 from optkit import UnavailableError
 from optkit.engine import trim
-from optkit_plugins.kernels.compiled_engine import FEWEST_COLUMNS, STEPS_PER_LOOK, CompiledEngine, power_of_two, with_own_code
-from optkit_plugins.kernels.decode_attention import LARGEST_SIZE, runs_on
-from optkit_plugins.kernels.ragged import RaggedSlot
-from optkit_plugins.kernels.ragged_attention import register_by_columns, register_packed
+from optkit_plugins.kernels.compiled_engine import FEWEST_COLUMNS, STEPS_PER_LOOK, CompiledEngine, power_of_two
+from optkit_plugins.kernels.ragged import RaggedSlot, on
+from optkit_plugins.kernels.ragged_attention import ANY_LENGTH, register_packed
 from optkit_plugins.kernels.ragged_schedule import Schedule, shared_prefixes
+from optkit_plugins.kernels.recorded import Recorded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +61,7 @@ class RaggedBucket:
 
 
 @dataclass
-class SlotFacts:
+class SlotCounts:
     """What the calls so far came to. ``row_steps`` are computed, ``token_steps`` of them gave a token that was kept."""
 
     slots: int = 0
@@ -90,15 +91,17 @@ class RaggedEngine(CompiledEngine):
         check_packable(model, self.attention.names["decode"] != self.attention.own)
         self.most, self.wave_tokens = slots, WAVE_TOKENS[model.device.type]
         self.ragged: list[RaggedBucket] = []
-        self.facts = SlotFacts()
+        self.slot_counts = SlotCounts()
         self.attention.names["packed"] = register_packed(self.attention.own)
-        self.by_columns = runs_on(model.device) and head_size(model) <= LARGEST_SIZE
-        if self.by_columns:
-            self.attention.names["decode"] = register_by_columns()
 
     @property
     def slot_facts(self) -> dict[str, Any]:
-        return self.facts.to_json()
+        return self.slot_counts.to_json()
+
+    def facts(self) -> dict[str, Any]:
+        steps = [bucket.step for bucket in self.ragged if isinstance(bucket.step, Recorded)]
+        recorded = sum(step.graph is not None for step in steps)
+        return super().facts() | {"recorded_steps": recorded, "not_recorded": sorted({step.problem for step in steps if step.problem})}
 
     def score(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[torch.Tensor]:
         """In batches of ``batch.size``: whoever hands over all prompts at once hands over all sequences at once, too."""
@@ -125,7 +128,7 @@ class RaggedEngine(CompiledEngine):
                 if not self._goes_on(lambda: self._run(job, sampler, forbid_eos)):
                     self._halve()
         rows = [trim(row[:limit], self.eos, exact) for row, limit in zip(job.texts.tolist(), limits, strict=True)]
-        self.facts.token_steps += sum(min(len(row), limit - 1) for row, limit in zip(rows, limits, strict=True))
+        self.slot_counts.token_steps += sum(min(len(row), limit - 1) for row, limit in zip(rows, limits, strict=True))
         return rows
 
     def _goes_on(self, run: Callable[[], None]) -> bool:
@@ -140,10 +143,9 @@ class RaggedEngine(CompiledEngine):
 
     def _halve(self) -> None:
         """Half the rows, and half the tokens that are read at once. Nothing of the failed attempt stays in memory."""
-        rows = max((bucket.slot.rows for bucket in self.ragged), default=self.most)
-        self.most = max(1, min(self.most, rows) // 2)
+        self.most = max(1, min(self.most, self.slot_counts.slots or self.most) // 2)
         self.wave_tokens = max(1, self.wave_tokens // 2)
-        self.facts.out_of_memory += 1
+        self.slot_counts.out_of_memory += 1
         self.trial.report(f"out of memory: going on with {self.most} rows")
         self._forget()
 
@@ -159,7 +161,7 @@ class RaggedEngine(CompiledEngine):
         slot = bucket.slot
         slot.begin(forbid_eos=forbid_eos)
         schedule = Schedule(list(map(len, job.prompts)), job.limits, job.waiting, slot.rows, shared_prefixes(job.prompts))
-        self.facts.slots = slot.rows
+        self.slot_counts.slots = slot.rows
         looks = Looks(slot.done) if job.look else None
         guarded = True
         self._fill(schedule, slot, job)
@@ -168,19 +170,19 @@ class RaggedEngine(CompiledEngine):
             self._steps(bucket, steps, guarded=guarded)
             guarded = False
             schedule.ran(steps)
-            self.facts.row_steps += steps * slot.rows
+            self.slot_counts.row_steps += steps * slot.rows
             self._collect(schedule.finished(looks.ended(schedule.owner) if looks else lambda row: False), slot, job)
             if schedule.wants_filling:
-                self.facts.refills += 1
+                self.slot_counts.refills += 1
                 self._fill(schedule, slot, job)
 
     def _fill(self, schedule: Schedule, slot: RaggedSlot, job: Job) -> None:
         """Give every free row a prompt, as long as there are any."""
-        with self.attention.use("packed"):
+        with self.attention.use("packed"), sdpa_kernel(ANY_LENGTH):
             while schedule.waiting and None in schedule.owner:
                 wave = schedule.next_wave(self.wave_tokens)
                 slot.read(wave, job.prompts, job.limits)
-                self.facts.shared_prefix_tokens += sum(one.shared for one in wave)
+                self.slot_counts.shared_prefix_tokens += sum(one.shared for one in wave)
                 self._collect(schedule.finished(lambda row: False), slot, job)  # texts of one token
 
     def _collect(self, finished: list[tuple[int, int]], slot: RaggedSlot, job: Job) -> None:
@@ -188,7 +190,7 @@ class RaggedEngine(CompiledEngine):
             return
         rows, indices = [row for row, _ in finished], [index for _, index in finished]
         texts = slot.collect(rows, [len(job.prompts[index]) for index in indices], job.texts.shape[1])
-        job.texts[torch.tensor(indices, device=texts.device)] = texts
+        job.texts[on(texts.device, indices)] = texts
         ready = set(indices)
         job.waiting = [index for index in job.waiting if index not in ready]
 
@@ -213,10 +215,9 @@ class RaggedEngine(CompiledEngine):
             if columns <= has <= SPARE_COLUMNS * columns and wanted <= MISSING_ROWS * rows and rows <= SPARE_ROWS * wanted:
                 return bucket
         rows = self._rows_that_fit(wanted, columns)
-        slot = RaggedSlot(self.model, rows, columns, sampler, self.eos, by_columns=self.by_columns)
+        slot = RaggedSlot(self.model, rows, columns, sampler, self.eos, spans=self.attention.spans)
         name = f"{rows} rows x {columns}"
-        step = torch.compile(with_own_code(slot.step, f"step of {name}"), dynamic=False, **self.arguments)
-        self.ragged.append(RaggedBucket(name, slot, step))
+        self.ragged.append(RaggedBucket(name, slot, self.compiled_step(slot.step, f"step of {name}")))
         return self.ragged[-1]
 
     def _rows_that_fit(self, wanted: int, columns: int) -> int:
@@ -229,7 +230,7 @@ class RaggedEngine(CompiledEngine):
     def _bytes_per_token(self) -> int:
         """Bytes of keys and values that the model keeps for a token, as it does keep them."""
         ids = torch.full((1, 1), self.pad, device=self.model.device)
-        layers = self.model(input_ids=ids, use_cache=True).past_key_values.layers
+        layers = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values.layers
         return sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
 
     def close(self) -> None:
@@ -268,11 +269,6 @@ def check_packable(model: PreTrainedModel, built_on_sdpa: bool) -> None:
             f"slots need attention that is built on SDPA and can be exchanged; {type(model).__name__} computes "
             f"'{model.config._attn_implementation}': set load.attention=sdpa, or leave out generate.slots (batching.kind=length)"
         )
-
-
-def head_size(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config(decoder=True)
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -60,6 +60,7 @@ class Schedule:
         """
         free = [row for row, owner in enumerate(self.owner) if owner is None]
         held, leading = list(self.holds), set()
+        wanted = {self.prefixes[index][0] for index in self.waiting if index in self.prefixes}
         wave: list[Admission] = []
         later: list[int] = []
         for place, index in enumerate(self.waiting):
@@ -72,7 +73,8 @@ class Schedule:
             if not free or (wave and cost > tokens):
                 later += self.waiting[place:]
                 break
-            row = min(free, key=lambda row: held[row] != group)  # a row that holds the prefix already, else the first
+            # a row that holds the prefix already, else one that holds nothing that others wait for
+            row = min(free, key=lambda row, group=group: (held[row] != group, held[row] in wanted))  # type: ignore[misc]
             free.remove(row)
             tokens -= cost
             if group is not None and source < 0:
@@ -115,5 +117,5 @@ def shared_prefixes(prompts: Sequence[Sequence[int]], least: int = LEAST_PREFIX)
         if len(members) > 1:
             common = len(os.path.commonprefix([list(prompts[index]) for index in members]))
             tokens = min(common, min(len(prompts[index]) for index in members) - 1)
-            found |= {index: (group, tokens) for index in members}
+            found |= dict.fromkeys(members, (group, tokens))
     return found

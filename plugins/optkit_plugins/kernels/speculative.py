@@ -42,14 +42,14 @@ class SpeculativeSlot(Slot):
     :param columns: of prompt, new tokens and a whole draft with the token after it.
     :param ngram: tokens at the end of a text that are looked for, at most; a longer match is preferred, then a later one.
     :ivar column: (rows, 1) column of each row's newest token. :ivar stop: (rows, 1) column where it ends.
-    :ivar accepted: (1,) drafted tokens that were kept since the last ``prefill``, over all rows.
+    :ivar accepted: (1,) drafted tokens that were kept since ``begin``, over all rows.
     """
 
     def __init__(
         self, model: PreTrainedModel, rows: int, columns: int, sampler: Sampler, eos: Collection[int], *,
-        drafts: int, ngram: int, additive_mask: bool = False,
+        drafts: int, ngram: int, additive_mask: bool = False, spans: bool = False,
     ):  # fmt: skip
-        super().__init__(model, rows, columns, sampler, eos, additive_mask=additive_mask)
+        super().__init__(model, rows, columns, sampler, eos, additive_mask=additive_mask, spans=spans)
         self.drafts, self.ngram = drafts, ngram
         device = self.texts.device
         self.column = fixed(torch.zeros(rows, 1, dtype=torch.int64, device=device))
@@ -59,11 +59,10 @@ class SpeculativeSlot(Slot):
         self.cache = Cache(layers=list(self.layers))
 
     def begin(self, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int, *, forbid_eos: bool) -> None:
-        """Read left-padded prompts (real rows, prompt columns), write their first new token, and set where each row ends."""
+        """Put left-padded prompts (real rows, prompt columns) into the buffers, and where each row ends. Then ``read``."""
         self.accepted.zero_()
         self.stop.fill_(ids.shape[1] + new_tokens - 1)
-        self.prefill(ids, mask, forbid_eos=forbid_eos)
-        self.done.logical_or_((self.column >= self.stop)[:, 0])
+        self.put(ids, mask, forbid_eos=forbid_eos)
 
     def step(self) -> None:
         """One token a row, without a draft."""
@@ -127,16 +126,16 @@ class SpeculativeSlot(Slot):
         return self.sampler.pick(logits.flatten(0, 1), used, self.forbidden).view_as(tokens)
 
     def _row_masks(self, columns: torch.Tensor) -> Any:
-        """Masks (rows, 1, width, all columns), by layer type where the model asks for it: each token sees what stands before it."""
-        place = self.all_columns[None, None]
-        seen = (place <= columns[:, :, None]) & (place >= self.start[:, :, None])
-        masks = {}
-        for kind, window in self.windows.items():
-            mask = seen if window is None else seen & (place > columns[:, :, None] - window)
-            if self.mask_dtype is not None:
-                mask = torch.zeros_like(mask, dtype=self.mask_dtype).masked_fill(~mask, torch.finfo(self.mask_dtype).min)
-            masks[kind] = mask[:, None]
-        return masks.get("", masks)
+        """Masks (rows, 1, width, all columns), or spans (2, rows, width, 1): each token of ``columns`` sees what stands before it."""
+
+        def mask(window: int | None) -> torch.Tensor:
+            return self._seen(self.all_columns, columns[:, :, None], self.start[:, :, None], window)[:, None]
+
+        def span(window: int | None) -> torch.Tensor:
+            first = self.start.expand_as(columns) if window is None else torch.maximum(self.start, columns - (window - 1))
+            return torch.stack([first, columns])[..., None]
+
+        return self._each_window(span if self.spans else mask)
 
     def _append(self, logits: torch.Tensor) -> None:
         """The first new token, of logits (rows, vocabulary)."""
@@ -146,4 +145,5 @@ class SpeculativeSlot(Slot):
         if self.eos is not None:
             self.done.logical_or_(torch.isin(tokens, self.eos)[:, 0])
         self.column.add_(1)
+        self.done.logical_or_((self.column >= self.stop)[:, 0])
         self.texts.scatter_(1, self.column, tokens)

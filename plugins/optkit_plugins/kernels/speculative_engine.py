@@ -29,7 +29,7 @@ class SpeculativeEngine(TransformersEngine):
     def __init__(self, model: PreTrainedModel, trial: TrialContext, *, adaptive: bool = True):
         super().__init__(model, trial)
         self.attention = EngineAttention(model)
-        check_supported(model, self.attention)
+        check_supported(model, self.attention, "speculate")
         self.payoff = Payoff(adaptive)
 
     def generate(self, prompts: Sequence[Sequence[int]], *, new_tokens: int, exact: bool = False) -> list[list[int]]:
@@ -37,8 +37,9 @@ class SpeculativeEngine(TransformersEngine):
             return [[] for _ in prompts]
         with torch.inference_mode():
             ids, mask = pad_left(prompts, self.pad, self.model.device)
-            slot, forbid_eos = self._slot(*ids.shape, new_tokens, exact)
+            slot, forbid_eos = self._slot(ids.shape[0], ids.shape[1], new_tokens, exact)
             slot.begin(ids, mask, new_tokens, forbid_eos=forbid_eos)
+            slot.read(ids.shape[0], ids.shape[1], ragged=not bool(mask.all()))
             self._decode(slot)
             width = ids.shape[1]
             ends = (slot.column + 1)[:, 0].tolist()
@@ -53,7 +54,7 @@ class SpeculativeEngine(TransformersEngine):
         config, _ = self.model._prepare_generation_config(wanted)
         self.model._prepare_special_tokens(config, True, device=self.model.device)
         processors = self.model._get_logits_processor(config, input_ids_seq_length=width, device=self.model.device)
-        sampler, forbid_eos = sampler_of(processors, config, exact)
+        sampler, forbid_eos = sampler_of(processors, config, exact, "speculate")
         drafts, ngram = self.trial.settings["generate.prompt_lookup_tokens"], self.trial.settings["generate.prompt_lookup_ngram"]
         columns = width + new_tokens + drafts + 1
         additive = self.attention.additive_mask
@@ -65,9 +66,9 @@ class SpeculativeEngine(TransformersEngine):
         live = slot.rows - int(slot.done.sum())
         while live:
             started, before = time.perf_counter(), int(slot.accepted)
-            draft, found = slot.lookup() if self.payoff.wants_draft() else (None, None)
-            if draft is not None and bool((found & ~slot.done[:, None]).any()):
-                slot.verify(draft)
+            lookup = slot.lookup() if self.payoff.wants_draft() else None
+            if lookup and bool((lookup[1] & ~slot.done[:, None]).any()):
+                slot.verify(lookup[0])
                 accepted = int(slot.accepted) - before
                 self.payoff.drafted += live * slot.drafts
                 self.payoff.draft(1 + accepted / live, time.perf_counter() - started)

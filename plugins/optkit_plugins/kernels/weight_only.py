@@ -8,7 +8,8 @@ and blocks), ``int4`` (groups with scale and zero, as GPTQ and AWQ store them), 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -54,6 +55,13 @@ def _(
     return x.new_empty(*x.shape[:-1], rows)
 
 
+def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+    """``weight_only_linear`` without the dispatcher's and its checks' 20 microseconds, where nobody traces or differentiates."""
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or (torch.is_grad_enabled() and x.requires_grad):
+        return weight_only_linear(x, packed.words, packed.scales, packed.zeros, bias, packed.format, packed.shape[0], packed.group)
+    return _multiply(x.reshape(-1, x.shape[-1]).contiguous(), packed, bias).reshape(*x.shape[:-1], packed.shape[0])
+
+
 def _multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
     if x.shape[0] == 0:
         return x.new_empty(0, packed.shape[0])
@@ -73,20 +81,30 @@ def _multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> tor
     return nn.functional.linear(x, weight, bias if bias is None else bias.to(x.dtype))
 
 
+@lru_cache
 def has_triton() -> bool:
     from torch.utils._triton import has_triton as found
 
     return bool(found())
 
 
+def why_slow(dtype: torch.dtype) -> str | None:
+    """Why layers on activations of this dtype would expand their weights for every product here, or ``None``."""
+    if not has_triton():
+        return "Triton is not installed"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the fused kernel takes activations of 16 bits, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
 def fast(x: torch.Tensor, packed: Packed) -> bool:
     """Whether the fused kernel takes activations like these: 16 bits, on an NVIDIA GPU from sm_80 on."""
-    return (
-        x.dtype in (torch.bfloat16, torch.float16)
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(x.device) >= FAST_CAPABILITY
-        and packed.words.data_ptr() % 16 == 0
-    )
+    return x.dtype in (torch.bfloat16, torch.float16) and packed.words.data_ptr() % 16 == 0 and fast_device(x.device)
+
+
+@lru_cache
+def fast_device(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= FAST_CAPABILITY
 
 
 class WeightOnlyLinear(nn.Module):
@@ -98,6 +116,8 @@ class WeightOnlyLinear(nn.Module):
     words: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
+    #: Makes the layer of the library that the weights came from again.
+    back: Callable[[WeightOnlyLinear], nn.Module] | None = None
 
     def __init__(self, packed: Packed, bias: torch.Tensor | None = None):
         super().__init__()
@@ -137,7 +157,7 @@ class WeightOnlyLinear(nn.Module):
         return Packed(self.format, (self.out_features, self.in_features), self.group, self.words, self.scales, self.zeros)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return weight_only_linear(x, self.words, self.scales, self.zeros, self.bias, self.format, self.out_features, self.group)
+        return linear(x, self.packed, self.bias)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight that the layer multiplies with, (out_features, in_features)."""

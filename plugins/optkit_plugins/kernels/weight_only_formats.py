@@ -175,10 +175,9 @@ def narrow(scales: torch.Tensor) -> torch.Tensor:
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weight (rows × columns), computed in float32."""
     rows, columns = packed.shape
-    scales = _untile_groups(packed.scales, rows).float()
+    scales, codes = _untile_groups(packed.scales, rows).float(), integers(packed)
     if packed.format == "int8":
-        return (_untile_8bit(packed.words, packed.shape).float() * scales).to(dtype)
-    codes = _untile_4bit(packed.words, packed.shape, by_row=packed.format in TABLES)
+        return (codes.float() * scales).to(dtype)
     if packed.format in TABLES:
         values = torch.tensor(TABLES[packed.format], device=codes.device)[torch.tensor(labels(packed.format), device=codes.device)]
         units = values[codes.int()].reshape(rows, -1, packed.group)
@@ -186,6 +185,19 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tens
         zeros = 8 if packed.zeros is None else _untile_groups(packed.zeros, rows).float()[..., None]
         units = codes.float().reshape(rows, -1, packed.group) - zeros
     return (units * scales[..., None]).reshape(rows, columns).to(dtype)
+
+
+def integers(packed: Packed) -> torch.Tensor:
+    """What is stored of each weight, rows × columns: int8 values, codes of ``int4``, or labels of a table."""
+    if packed.format == "int8":
+        return _untile_8bit(packed.words, packed.shape)
+    return _untile_4bit(packed.words, packed.shape, by_row=packed.format in TABLES)
+
+
+def to_bitsandbytes(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes (n, 1) and float32 absmax, flat, as bitsandbytes stores them: the reverse of ``pack_bitsandbytes``."""
+    codes = torch.tensor(labels(packed.format), dtype=torch.uint8, device=packed.words.device)[integers(packed).int()].reshape(-1, 2)
+    return (codes[:, 0] << 4 | codes[:, 1])[:, None], _untile_groups(packed.scales, packed.shape[0]).float().reshape(-1)
 
 
 # Layout -------------------------------------------------------------------------------------------------------------------------------

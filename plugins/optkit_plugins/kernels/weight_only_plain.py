@@ -84,3 +84,16 @@ def product(
     if BIAS:
         total += tl.load(bias + row, mask=row < rows, other=0).to(tl.float32)
     tl.store(out + token * rows + row, total.to(out.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def add_up(parts, bias, out, size, rows, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """``out`` (batch, rows) = sum of ``parts`` (SPLITS, batch, rows), float32, plus bias. One program for BLOCK values."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(parts + split * size + at, mask=inside, other=0)
+    if BIAS:
+        total += tl.load(bias + at % rows, mask=inside, other=0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)

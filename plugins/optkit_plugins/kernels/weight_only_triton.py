@@ -99,20 +99,23 @@ def load_activations(x, token, block, batch, blocks, end, t, WK: tl.constexpr, U
 
 
 @triton.jit
-def copy_activations(x, slot, thread, first, block, batch, blocks, end, WARPS: tl.constexpr, NT: tl.constexpr, COPY: tl.constexpr):
-    """Start to copy one column tile of NT * 8 activations to shared memory, in the order in which warps read it."""
-    for i in tl.static_range(NT * 64 // (WARPS * 32)):
-        chunk = thread + i * (WARPS * 32)
-        token = first + chunk // 64 * 8 + chunk % 32 // 4
-        inside = (token < batch) & (block < end)
-        source = x + tl.where(inside, token * (blocks * 32) + block * 32 + chunk % 64 // 32 * 16 + chunk % 4 * 4, 0)
+def copy_activations(
+    x, slot, thread, first, block, batch, blocks, end, WK: tl.constexpr, WM: tl.constexpr, NT: tl.constexpr, COPY: tl.constexpr
+):
+    """Start to copy WK column tiles of NT * 8 activations to shared memory, in the order in which warps read them."""
+    for i in tl.static_range(NT * 2 // WM):
+        chunk = thread + i * (WK * WM * 32)
+        token = first + chunk // 64 % NT * 8 + chunk % 32 // 4
+        at = block + chunk // (NT * 64)
+        inside = (token < batch) & (at < end)
+        source = x + tl.where(inside, token * (blocks * 32) + at * 32 + chunk % 64 // 32 * 16 + chunk % 4 * 4, 0)
         size = tl.where(inside, 16, 0)
         tl.inline_asm_elementwise(COPY, "=r,r,l,r", [slot + chunk * 16, source.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1)
     tl.inline_asm_elementwise("cp.async.commit_group; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit(do_not_specialize=["batch", "rows", "row_tiles", "blocks", "inverse"])
-def product(
+def weight_only_product(
     x,  # *int32: activations (batch, columns), two 16-bit values a word
     words,
     scales,  # *int32 for scales of 16 bits, else *float32
@@ -137,7 +140,7 @@ def product(
     NT: tl.constexpr,  # tiles of 8 activations
     EVEN: tl.constexpr,  # the columns divide into steps without a rest
     AHEAD: tl.constexpr,  # steps whose weights are under way while one is computed
-    SLOTS: tl.constexpr,  # column tiles of activations in shared memory; 0: warps read them from memory
+    SLOTS: tl.constexpr,  # steps of activations in shared memory; 0: warps read them from memory
     EXPAND: tl.constexpr,
     EXPAND_REGISTERS: tl.constexpr,
     MULTIPLY: tl.constexpr,
@@ -224,7 +227,7 @@ def product(
 
     token = first + g
     if SLOTS:
-        tl.static_assert(WK == 1 and U == 1)
+        tl.static_assert(U == 1 and NT * 2 % WM == 0)
         shelf = tl.inline_asm_elementwise(
             "{ .shared .align 128 .b8 activations[" + SLOT_BYTES + "]; mov.u32 $0, activations; }",
             "=r,r",
@@ -234,15 +237,15 @@ def product(
             pack=1,
         )
         for slot in tl.static_range(SLOTS - 1):
-            copy_activations(x, shelf + slot * (NT * 1024), thread, first, start + slot, batch, blocks, end, WM, NT, COPY)
+            copy_activations(x, shelf + slot * (WK * NT * 1024), thread, first, start + slot * WK, batch, blocks, end, WK, WM, NT, COPY)
     elif AHEAD:
         activations = load_activations(x, token, start + wk, batch, blocks, end, t, WK, U, NT, EVEN)
     for step in range(start, end, WK * U):
         if SLOTS:
             tl.inline_asm_elementwise(WAIT, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
             tl.debug_barrier()
-            into = shelf + (step - start + SLOTS - 1) % SLOTS * (NT * 1024)
-            copy_activations(x, into, thread, first, step + SLOTS - 1, batch, blocks, end, WM, NT, COPY)
+            into = shelf + ((step - start) // WK + SLOTS - 1) % SLOTS * (WK * NT * 1024)
+            copy_activations(x, into, thread, first, step + (SLOTS - 1) * WK, batch, blocks, end, WK, WM, NT, COPY)
         if AHEAD:
             next = load_tiles(
                 words,
@@ -311,7 +314,7 @@ def product(
                         factors = factors + (one.to(tl.float32),)
             for n in tl.static_range(NT):
                 if SLOTS:
-                    at = shelf + (step - start) % SLOTS * (NT * 1024) + n * 1024 + lane * 16
+                    at = shelf + (step - start) // WK % SLOTS * (WK * NT * 1024) + wk * (NT * 1024) + n * 1024 + lane * 16
                     low, high = tl.inline_asm_elementwise(
                         READ, READ_REGISTERS, [at[:, None], loaded[0]], dtype=(tl.int32, tl.int32), is_pure=False, pack=4
                     )
@@ -357,6 +360,9 @@ def product(
             if BIAS:
                 result += tl.load(bias + row, mask=row < rows, other=0).to(tl.float32)
             tl.store(out + token_out * rows + row, result.to(out.dtype.element_ty), mask=(token_out < batch) & (row < rows))
+
+
+product = weight_only_product  # the longer name is what profiles show
 
 
 # Assembly -----------------------------------------------------------------------------------------------------------------------------

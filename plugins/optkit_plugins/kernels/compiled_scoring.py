@@ -1,0 +1,74 @@
+"""Scoring as two compiled graphs: hidden states of a batch, and the head over a chunk of the positions that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from optkit.engine import pad_right
+from optkit_plugins.kernels.recorded import without_recording
+from optkit_plugins.kernels.scoring import BodyAndHead, asked_positions, in_chunks, split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from optkit_plugins.kernels.attention import EngineAttention
+
+#: Scored rows, and positions of a chunk, are padded to a multiple of this, which keeps kernels aligned.
+SCORE_MULTIPLE = 16
+
+#: How an engine runs a compiled function of tensors: the bound method, a name for its graph, the arguments of ``torch.compile``.
+Run = Callable[..., torch.Tensor]
+
+
+class CompiledScorer:
+    """Scores right-padded rows. Rows, lengths and positions are symbols: one graph serves all, and another single rows.
+
+    :param run: ``run(method, name, arguments, *tensors)`` compiles the method once under that name, and calls it.
+    :raises ValueError: for a model that does not fall into body and head.
+    """
+
+    def __init__(self, model: PreTrainedModel, attention: EngineAttention, pad: int, arguments: dict[str, Any], run: Run):
+        self.model, self.attention, self.pad, self.run = model, attention, pad, run
+        self.parts = BodyAndHead(model)
+        self.arguments, _ = without_recording(arguments)  # a graph of each shape would be recorded anew
+
+    def score(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[torch.Tensor]:
+        """As ``Engine.score``."""
+        with torch.inference_mode():
+            hidden, width = self._hidden(sequences)
+            places, targets = asked_positions(sequences, starts, width, hidden.device)
+            return split(in_chunks(self._chunk, hidden, places, targets), sequences, starts)
+
+    def log_probs(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Iterator[torch.Tensor]:
+        """As ``Engine.log_probs``: the head is not compiled for these."""
+        with torch.inference_mode():
+            hidden, width = self._hidden(sequences)
+        yield from self.parts.log_probs(hidden, sequences, starts, width)
+
+    def _hidden(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, int]:
+        """Hidden states of all columns (rows × columns, hidden size), and the columns of a row."""
+        longest = max(len(sequence) for sequence in sequences)
+        width = -(-max(longest, 2) // SCORE_MULTIPLE) * SCORE_MULTIPLE
+        ids, _ = pad_right(sequences, self.pad, self.model.device)
+        ids = torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=self.pad)
+        torch._dynamo.maybe_mark_dynamic(ids, 1)
+        if len(sequences) > 1:
+            torch._dynamo.maybe_mark_dynamic(ids, 0)
+        with self.attention.use("score"):
+            hidden = self.run(self._body, "hidden states of one row" if len(sequences) == 1 else "hidden states", self.arguments, ids)
+        return hidden.flatten(0, 1), width
+
+    def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        count = len(targets)
+        fill = -count % SCORE_MULTIPLE
+        hidden, targets = torch.nn.functional.pad(hidden, (0, 0, 0, fill)), torch.nn.functional.pad(targets, (0, fill))
+        torch._dynamo.maybe_mark_dynamic(hidden, 0)
+        torch._dynamo.maybe_mark_dynamic(targets, 0)
+        return self.run(self.parts.scores, "scores", self.arguments, hidden, targets)[:count]
+
+    def _body(self, ids: torch.Tensor) -> torch.Tensor:
+        """(rows, columns, width). A mask of ones: padding is on the right, where no token looks."""
+        return self.parts.hidden(ids, attention_mask=torch.ones_like(ids))
