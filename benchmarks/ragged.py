@@ -268,10 +268,15 @@ def write(output: Path, rows: list[dict[str, Any]], arguments: argparse.Namespac
     origin = {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "optkit": optkit.__version__},
-        "command": " ".join(["python", "-m", "benchmarks.ragged", *sys.argv[1:]]),
+        "command": command(),
         "n": arguments.repeats,  # an arm's own is the number of its seconds
     }
     output.write_text(json.dumps(origin | {"rows": rows}, indent=1) + "\n")
+
+
+def command() -> str:
+    """As it was typed, without folders."""
+    return " ".join(["python -m benchmarks.ragged", *(Path(word).name if "/" in word else word for word in sys.argv[1:])])
 
 
 if __name__ == "__main__":

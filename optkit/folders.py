@@ -11,11 +11,8 @@ optkit's own line: backup programs skip it, and only a folder that bears it is e
 
 from __future__ import annotations
 
-import atexit
 import fcntl
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +71,10 @@ def make_private_folder(folder: str | os.PathLike[str]) -> None:
 
 def usable_folder(folder: Path, warn: Callable[[str], None]) -> Path:
     """``folder``, made private; or a temporary one until this process ends, with a warning, where a run's files have no room there."""
+    import atexit
+    import shutil
+    import tempfile
+
     try:
         make_private_folder(folder)
         with tempfile.TemporaryFile(dir=folder):

@@ -291,7 +291,7 @@ def test_records_of_another_version(changes: list[tuple[tuple[Any, ...], Any]]) 
     for listed in (True, False):
         stream = io.StringIO()
         Console(file=stream, width=300).print(history.view([record], listed))
-        assert "25995acb338e" in stream.getvalue() or "measured in this run" in stream.getvalue() or not listed
+        assert "25995acb338e" in stream.getvalue() if listed else len(stream.getvalue()) > 100
         assert history.render([record], "markdown", listed)
     with only_optkit_errors():
         history.render([record], "svg", False)

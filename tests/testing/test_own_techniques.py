@@ -26,5 +26,7 @@ def test_it_passes_every_check_or_declares_why_it_cannot(name):
         subject.close()
     assert [result for result in results if result.state == "failed"] == []
     assert set(PLUGIN_CHECKS) <= {result.check for result in results if result.state == "ok"}
-    idle = name in SLOW or OWN[name].status != "ready" or set_up_problem(subject.registry, OWN[name], subject.machine)
+    row = OWN[name]
+    idle = name in SLOW or row.status != "ready" or set_up_problem(subject.registry, row, subject.machine)
+    idle = idle or "generate" not in row.technique.tasks  # the kit generates and scores, and trains nothing
     assert idle or [result for result in results if result.check.startswith("runs") and result.state == "ok"]

@@ -37,20 +37,20 @@ class ChunkedEngine(TransformersEngine):
 
     def score(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[torch.Tensor]:
         with torch.inference_mode():
-            hidden, width = self._hidden(sequences)
-            places, targets = asked_positions(sequences, starts, width, hidden.device)
-            return split(in_chunks(self._head, hidden, places, targets, self.chunk), sequences, starts)
+            ids, mask = pad_right(sequences, self.pad, self.model.device)
+            places = asked_positions(sequences, starts, ids.shape[1], ids.device)
+            return split(in_chunks(self._head, self._hidden(ids, mask), places, ids.flatten()[places + 1], self.chunk), sequences, starts)
 
     def log_probs(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Iterator[torch.Tensor]:
         with torch.inference_mode():
-            hidden, width = self._hidden(sequences)
-        yield from self.parts.log_probs(hidden, sequences, starts, width)
+            ids, mask = pad_right(sequences, self.pad, self.model.device)
+            hidden = self._hidden(ids, mask)
+        yield from self.parts.log_probs(hidden, sequences, starts, ids.shape[1])
 
-    def _hidden(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, int]:
-        """Hidden states of all columns (rows × columns, hidden size), and the columns of a row."""
-        ids, mask = pad_right(sequences, self.pad, self.model.device)
+    def _hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Hidden states of all columns, (rows × columns, hidden size)."""
         self.computed += ids.numel()
-        return self.parts.hidden(ids, attention_mask=mask).flatten(0, 1), ids.shape[1]
+        return self.parts.hidden(ids, attention_mask=mask).flatten(0, 1)
 
     def _head(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         self.through_head += len(targets)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optkit.engine import pad_right
 from optkit_plugins.kernels.recorded import without_recording
-from optkit_plugins.kernels.scoring import BodyAndHead, asked_positions, in_chunks, split
+from optkit_plugins.kernels.scoring import BodyAndHead, asked_positions, in_chunks, right_padded, split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,28 +37,30 @@ class CompiledScorer:
     def score(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[torch.Tensor]:
         """As ``Engine.score``."""
         with torch.inference_mode():
-            hidden, width = self._hidden(sequences)
-            places, targets = asked_positions(sequences, starts, width, hidden.device)
-            return split(in_chunks(self._chunk, hidden, places, targets), sequences, starts)
+            ids = self._ids(sequences)
+            places = asked_positions(sequences, starts, ids.shape[1], ids.device)  # before the device is busy: copying would wait for it
+            return split(in_chunks(self._chunk, self._hidden(ids), places, ids.flatten()[places + 1]), sequences, starts)
 
     def log_probs(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Iterator[torch.Tensor]:
         """As ``Engine.log_probs``: the head is not compiled for these."""
         with torch.inference_mode():
-            hidden, width = self._hidden(sequences)
-        yield from self.parts.log_probs(hidden, sequences, starts, width)
+            ids = self._ids(sequences)
+            hidden = self._hidden(ids)
+        yield from self.parts.log_probs(hidden, sequences, starts, ids.shape[1])
 
-    def _hidden(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, int]:
-        """Hidden states of all columns (rows × columns, hidden size), and the columns of a row."""
+    def _ids(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
         longest = max(len(sequence) for sequence in sequences)
         width = -(-max(longest, 2) // SCORE_MULTIPLE) * SCORE_MULTIPLE
-        ids, _ = pad_right(sequences, self.pad, self.model.device)
-        ids = torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=self.pad)
+        return right_padded(sequences, width, self.pad, self.model.device)
+
+    def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states of all columns, (rows × columns, hidden size)."""
         torch._dynamo.maybe_mark_dynamic(ids, 1)
-        if len(sequences) > 1:
+        if len(ids) > 1:
             torch._dynamo.maybe_mark_dynamic(ids, 0)
         with self.attention.use("score"):
-            hidden = self.run(self._body, "hidden states of one row" if len(sequences) == 1 else "hidden states", self.arguments, ids)
-        return hidden.flatten(0, 1), width
+            name = "hidden states of one row" if len(ids) == 1 else "hidden states"
+            return self.run(self._body, name, self.arguments, ids).flatten(0, 1)
 
     def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         count = len(targets)

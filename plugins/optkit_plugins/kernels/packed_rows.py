@@ -34,18 +34,22 @@ class PackedEngine(TransformersEngine):
 
     def score(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[torch.Tensor]:
         with torch.inference_mode():
-            places, targets = asked_positions(sequences, starts, None, self.model.device)
-            return split(in_chunks(self.parts.scores, self._hidden(sequences), places, targets), sequences, starts)
+            ids = self._ids(sequences)
+            places = asked_positions(sequences, starts, None, ids.device)
+            return split(in_chunks(self.parts.scores, self._hidden(ids, sequences), places, ids[0, places + 1]), sequences, starts)
 
     def log_probs(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Iterator[torch.Tensor]:
         with torch.inference_mode():
-            hidden = self._hidden(sequences)
+            hidden = self._hidden(self._ids(sequences), sequences)
         yield from self.parts.log_probs(hidden, sequences, starts, None)
 
-    def _hidden(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Hidden states (all tokens, width) of one row that holds every sequence."""
-        device = self.model.device
-        ids = torch.tensor([[token for sequence in sequences for token in sequence]], device=device)
+    def _ids(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        """One row, (1, all tokens), of one sequence after another."""
+        return torch.tensor([[token for sequence in sequences for token in sequence]], device=self.model.device)
+
+    def _hidden(self, ids: torch.Tensor, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Hidden states (all tokens, width) of that row."""
+        device = ids.device
         positions = torch.cat([torch.arange(len(sequence), device=device) for sequence in sequences])[None]
         sample = torch.repeat_interleave(torch.tensor([len(sequence) for sequence in sequences], device=device))
         return self.parts.hidden(ids, attention_mask=self._masks(sample), position_ids=positions)[0]

@@ -272,7 +272,7 @@ def check_packable(model: PreTrainedModel, built_on_sdpa: bool) -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in ("allocate memory", "out of memory"))
 
 
 def free_memory(device: torch.device) -> int:

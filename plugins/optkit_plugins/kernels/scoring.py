@@ -69,7 +69,7 @@ class BodyAndHead:
         self, hidden: torch.Tensor, sequences: Sequence[Sequence[int]], starts: Sequence[int], row_width: int | None
     ) -> Iterator[torch.Tensor]:
         """As ``Engine.log_probs``, of the hidden states (all positions, width) of a batch; ``row_width`` as in ``asked_positions``."""
-        places, _ = asked_positions(sequences, starts, row_width, hidden.device)
+        places = asked_positions(sequences, starts, row_width, hidden.device)
         for chosen in split(places, sequences, starts):
             with torch.inference_mode():
                 rows = self.logits(hidden.index_select(0, chosen)).float().log_softmax(-1)
@@ -99,21 +99,24 @@ def with_part(module: torch.nn.Module, path: Sequence[str], part: torch.nn.Modul
     return own
 
 
-def asked_positions(
-    sequences: Sequence[Sequence[int]], starts: Sequence[int], row_width: int | None, device: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the hidden states that are asked for lie in a flat batch, and the token that each should predict.
+def asked_positions(sequences: Sequence[Sequence[int]], starts: Sequence[int], row_width: int | None, device: Any) -> torch.Tensor:
+    """Where the hidden states that are asked for lie in a flat batch; the token that each should predict is the next one there.
 
     :param row_width: columns of a padded row, or ``None`` where sequences follow each other without padding.
     """
-    places: list[int] = []
-    targets: list[int] = []
-    begin = 0
+    places, begin = [], 0
     for sequence, start in zip(sequences, starts, strict=True):
-        places += range(begin + start - 1, begin + len(sequence) - 1)
-        targets += sequence[start:]
+        places.append(torch.arange(begin + start - 1, begin + len(sequence) - 1))
         begin += row_width if row_width is not None else len(sequence)
-    return torch.tensor(places, device=device, dtype=torch.long), torch.tensor(targets, device=device, dtype=torch.long)
+    return torch.cat(places).to(device)
+
+
+def right_padded(sequences: Sequence[Sequence[int]], width: int, pad: int, device: Any) -> torch.Tensor:
+    """Ids (rows, ``width``). Made of one tensor a row: lists of lists would keep a GPU waiting for milliseconds."""
+    ids = torch.full((len(sequences), width), pad)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence)
+    return ids.to(device)
 
 
 def in_chunks(
