@@ -12,7 +12,7 @@ from typing import Any
 
 import pluggy
 
-from optkit import hookspecs, plugin_loading
+from optkit import hookspecs, plugin_importing, plugin_loading
 from optkit.errors import OptkitError, UnavailableError, UsageError, did_you_mean, quoted
 from optkit.plugin_loading import Point, one_line
 from optkit.settings import KNOWN
@@ -95,7 +95,7 @@ def checked(row: Found, hook: str, call: Callable[..., Any], arguments: dict[str
     :raises UnavailableError: naming the plugin, where it fails, exits, or answers with what is not wanted.
     """
     try:
-        with plugin_loading.stdout_kept(row.name):
+        with plugin_importing.stdout_kept(row.name):
             return CHECKED[hook](call(**arguments))
     except (OptkitError, KeyboardInterrupt):
         raise
@@ -173,7 +173,7 @@ def _load(point: Point, manager: pluggy.PluginManager) -> Found:
     off = switch_off(name, point)
     technique: Technique | None = None
     try:
-        plugin = plugin_loading.imported(point)
+        plugin = plugin_importing.imported(point)
         technique = getattr(plugin, "technique", None)
     except KeyboardInterrupt:
         raise

@@ -149,13 +149,13 @@ def load(source: ModelSource, trial: TrialContext) -> tuple[PreTrainedModel, dic
 
     folder = _folder(source)
     form = read_format(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     dtype = trial.dtype or config.dtype or torch.float16
     attention = trial.settings["load.attention"]
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=False)
     tensors, facts, grids = expand(_tensors(folder), skeleton, form, dtype)
     model = type(skeleton).from_pretrained(
         None,  # type: ignore[arg-type]  # no folder: everything comes from the tensors given

@@ -113,7 +113,7 @@ def test_an_import_that_hangs_is_given_up(optkit_run):
     optkit_run.plugin("hangs", "import threading\nthreading.Event().wait()")
     optkit_run.plugin("good", plugin("good"))
     code = (
-        "from optkit import plugin_loading, registry\nplugin_loading.IMPORT_TIMEOUT = 1.0\nfound = registry.discover()\n"
+        "from optkit import plugin_importing, registry\nplugin_importing.IMPORT_TIMEOUT = 1.0\nfound = registry.discover()\n"
         "print(found.get('hangs').cause, found.get('good').status)"
     )
     environment = optkit_run.environment | {"OPTKIT_LOAD_PLUGINS": "hangs,good"}
