@@ -1,6 +1,6 @@
 """Products with packed weights beside bf16 cuBLAS and bitsandbytes, on the layers of Llama-3.1-8B.
 
-    PYTHONPATH=plugins python benchmarks/weight_kernels.py --out benchmarks/results/weight_kernels_h200.json [--sweep]
+    PYTHONPATH=plugins python benchmarks/weight_kernels.py --output benchmarks/results/weight_kernels_h200.json [--sweep]
 
 Prints a line a case: microseconds in a CUDA graph (launch included), share of the time that reading the stored bytes takes at the
 measured bandwidth, and the gain over bf16. Every case walks through at least 300 MB of weights, so that no cache helps, and the variants
@@ -277,7 +277,7 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--output", required=True)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--processes", type=int, default=12, help="for compiling and checking the variants")
     parser.add_argument("--seconds", type=float, default=60, help="after which no further variants are timed")
@@ -308,7 +308,7 @@ def main() -> None:
         "failures": failures,
         "rows": rows,
     }
-    with open(arguments.out, "w") as file:
+    with open(arguments.output, "w") as file:
         json.dump(result, file, indent=1)
 
 

@@ -101,7 +101,9 @@ def bundled_samples(name: str) -> list[Sample]:
     folder = bundled_folder() / "samples"
     path = folder / f"{name}.jsonl"
     if not re.fullmatch(r"[a-z]{1,40}", name) or not path.is_file():
-        raise UsageError(f"no bundled samples named {quoted(name)}; there are {', '.join(sorted(file.stem for file in folder.glob('*.jsonl')))}")
+        raise UsageError(
+            f"no bundled samples named {quoted(name)}; there are {', '.join(sorted(file.stem for file in folder.glob('*.jsonl')))}"
+        )
     return jsonl_samples(path)
 
 

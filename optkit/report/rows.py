@@ -10,7 +10,19 @@ from optkit.report.text import megabytes, number, percent, signed
 
 Record = dict[str, Any]
 
-COLUMNS = ("plan", "tokens/s", "× baseline [95 %]", "of limit", "weights", "peak", "J/token", "perplexity", "exact match", "agreement", "KL")
+COLUMNS = (
+    "plan",
+    "tokens/s",
+    "× baseline [95 %]",
+    "of limit",
+    "weights",
+    "peak",
+    "J/token",
+    "perplexity",
+    "exact match",
+    "agreement",
+    "KL",
+)
 
 
 def table_rows(record: Record) -> list[list[str]]:
@@ -145,5 +157,7 @@ def cold_note(record: Record) -> list[str]:
     for arm in record["arms"]:
         if (arm.get("cold_seconds") or 0.0) > usual + 1:
             again = arm.get("cold_again_seconds")
-            slow.append(f"{arm['name']} {arm['cold_seconds']:.1f} s" + (f" ({again:.1f} s in later processes)" if again is not None else ""))
+            slow.append(
+                f"{arm['name']} {arm['cold_seconds']:.1f} s" + (f" ({again:.1f} s in later processes)" if again is not None else "")
+            )
     return [f"the first batch took {', '.join(slow)}; baseline {usual:.1f} s"] if slow else []
