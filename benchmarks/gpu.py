@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--config", default="")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=6, help="process pairs; fewer than 6 give no interval of 95 %%")
+    parser.add_argument("--case-seconds", type=float, default=None, help="no further process pair of a case begins after this long")
     parser.add_argument("--seconds", type=float, default=500, help="no case begins after this long")
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -106,7 +107,15 @@ def main() -> None:
                 continue
             begun = time.monotonic()
             try:
-                record = optkit.run(profile=arguments.profile, fresh=True, timeout=300.0, warn=print, progress=Steps(), **request)
+                record = optkit.run(
+                    profile=arguments.profile,
+                    fresh=True,
+                    timeout=300.0,
+                    warn=print,
+                    progress=Steps(),
+                    time_limit=arguments.case_seconds,
+                    **request,
+                )
             except OptkitError as error:
                 print(f"{name:20s} refused: {error}", flush=True)
                 continue

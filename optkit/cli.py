@@ -48,7 +48,7 @@ def run(
     seed: opt.Seed = 0, each: opt.Each = False, reference: opt.Reference = None, thorough: opt.Thorough = False, shrink: opt.Shrink = False,
     show: opt.Show = 0, fresh: opt.Fresh = False, force_recompute: opt.Force = False, clear_cache: opt.ClearCache = False,
     cache_dir: opt.CacheDir = None, cache_max_age: opt.CacheMaxAge = None, metric: opt.Metric = None, timeout: opt.Timeout = 900.0,
-    store_text: opt.StoreText = True, profiles_dir: opt.ProfilesDir = None, dry_run: opt.DryRun = False, format: opt.Format = "human",
+    time_limit: opt.TimeLimit = None, store_text: opt.StoreText = True, profiles_dir: opt.ProfilesDir = None, dry_run: opt.DryRun = False, format: opt.Format = "human",
     output: opt.Output = None, plugin_file: opt.PluginFile = None,
 ) -> None:  # fmt: skip
     """Measure techniques against the untouched model: speed, memory, quality, and proof that each was at work."""

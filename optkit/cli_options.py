@@ -77,6 +77,7 @@ CacheDir = Annotated[str | None, _option("--cache-dir", help="Where the memo lie
 CacheMaxAge = Annotated[str | None, _option("--cache-max-age", help="Older predictions are computed again: 12h, 30d.")]
 Metric = Annotated[str | None, _option("--metric", help="A metric of your own, MODULE:FUNCTION of (predictions, samples).")]
 Timeout = Annotated[float, _option("--timeout", help="Seconds for one step of a trial.", min=1)]
+TimeLimit = Annotated[str | None, _option("--time-limit", help="Start no further process pair after this long: 90s, 10m.")]
 StoreText = Annotated[
     bool, typer.Option("--store-text/--no-store-text", help="Keep generated texts in the memo.", envvar="OPTKIT_STORE_TEXT")
 ]
@@ -121,6 +122,7 @@ def request(context: typer.Context) -> Any:
     plans = [names(text) for text in given.get("plan") or []]
     without = [name for text in given.get("no_plugin") or [] for name in names(text)]
     age = given.get("cache_max_age")
+    until = given.get("time_limit")
     known = {field.name for field in dataclasses.fields(Request)}
     values = {name: value for name, value in given.items() if name in known and value is not None}
     values |= {
@@ -130,6 +132,7 @@ def request(context: typer.Context) -> Any:
         "set": config.parse_pairs(given.get("set") or []),
         "force": bool(given.get("force_recompute")),
         "cache_max_age": config.parse_duration(age) if age else None,
+        "time_limit": config.parse_duration(until) if until else None,
         "profiles_dir": list(given.get("profiles_dir") or []),
         "origins": origins,
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import mean
@@ -53,6 +54,7 @@ class Arm:
 class Protocol:
     """How long to measure. ``unit_seconds`` of synchronized work a turn, ``turns`` a round, ``rounds`` process pairs.
 
+    :ivar seconds: no further round begins after this long.
     :ivar at_once: arms get ready at the same time. Not on a CPU, whose cores they would fight for: it took ten times as long.
     """
 
@@ -62,6 +64,7 @@ class Protocol:
     interleaved: bool = True
     at_once: bool = False
     timeout: float = 600.0
+    seconds: float | None = None
 
 
 class Comparison:
@@ -77,7 +80,7 @@ class Comparison:
         self.pick_server, self.protocol, self.progress = pick_server, protocol, progress
         self.arms = arms
         self.twin = Arm(SAME, arms[0].spec)
-        self.repeat = 0
+        self.repeat = self.rounds = 0
         self._random = random.Random(seed)
         self._done = 0
         self._total = max(1, protocol.rounds) * (2 + protocol.turns) + len(arms)
@@ -94,7 +97,11 @@ class Comparison:
                 self._inspect(arm, inspect)
                 self._close(arm)
             return
+        begun = time.monotonic()
         for number in range(self.protocol.rounds):
+            if number and self.protocol.seconds is not None and time.monotonic() - begun > self.protocol.seconds:
+                break
+            self.rounds = number + 1
             self.server = self.pick_server()
             order = self.everyone()
             if number % 2:
@@ -121,6 +128,9 @@ class Comparison:
         if number == 0:
             for arm in self.arms:
                 self._inspect(arm, inspect)
+        for arm in order:
+            if arm.process is not None:
+                arm.process.ask_to_end()
         for arm in order:
             self._close(arm)
 

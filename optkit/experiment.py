@@ -66,7 +66,13 @@ class Experiment:
         for name, spec in self.specs.items():
             if name != "baseline":
                 spec["reference"] = baseline  # its divergence is taken from that baseline's distributions
-        self.key = digest({"specs": self.specs, "protocol": [self.protocol.rounds, self.protocol.turns], "timing": self.timing_spec()})
+        self.key = digest(
+            {
+                "specs": self.specs,
+                "protocol": [self.protocol.rounds, self.protocol.turns, self.protocol.seconds],
+                "timing": self.timing_spec(),
+            }
+        )
         self.predictions: dict[str, list[dict[str, Any]]] = {}
         self.from_memo: dict[str, bool] = {}
         self.saved_seconds = 0.0
@@ -241,7 +247,7 @@ class Experiment:
             "profile": setup.profile.name,
             "machine": setup.machine.model_dump(),
             "identity": self.identity,
-            "protocol": {"rounds": self.protocol.rounds, "turns": self.protocol.turns, "repeat": comparison.repeat,
+            "protocol": {"rounds": comparison.rounds, "turns": self.protocol.turns, "repeat": comparison.repeat,
                          "interleaved": self.protocol.interleaved},
             "reference": reference.name,
             "baseline_again": same,
@@ -337,6 +343,7 @@ def protocol_of(request: Request, setup: Setup) -> compare.Protocol:
     return compare.Protocol(
         rounds=rounds, turns=2, unit_seconds=0.1 if setup.machine.device == "cuda" else 0.25,
         interleaved=wanted <= FITTING_SHARE * free, at_once=setup.machine.device == "cuda", timeout=request.timeout,
+        seconds=request.time_limit,
     )  # fmt: skip
 
 

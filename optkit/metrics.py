@@ -72,10 +72,10 @@ def own(function: Callable[..., Any], rows: Rows, samples: list[Sample]) -> dict
     name = getattr(function, "__name__", "metric")
     try:
         answer = function(rows, samples)
+        values = answer if isinstance(answer, dict) else {name: answer}
+        return {str(key): {"value": float(value), "n": len(rows)} for key, value in values.items()}
     except Exception as error:  # somebody else's code: its failure is a shown failure, not ours
         return {name: {"error": f"{type(error).__name__}: {error}"}}
-    values = answer if isinstance(answer, dict) else {name: answer}
-    return {str(key): {"value": float(value), "n": len(rows)} for key, value in values.items()}
 
 
 def load_metric(text: str) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ from optkit.settings import Setting, Settings, resolve
 from optkit.technique import STAGES, Claims, Options, Technique
 
 #: What is read when no technique owns the role.
-DEFAULT_HONOURS = {"load": frozenset({"load.*"}), "engine": frozenset({"generate.*"}), "batching": frozenset({"batch.*"})}
+#: Settings that transformers itself has nothing for: only a technique can read them.
+NOT_BY_DEFAULT = frozenset({"generate.slots"})
 #: The role whose owner reads a group of settings.
 READER = {"load": "load", "generate": "engine", "batch": "batching", "train": "engine"}
 
@@ -45,11 +46,11 @@ class Step:
         return self.technique.name
 
     @property
-    def adds(self) -> frozenset[str]:
+    def adds(self) -> Set[str]:
         return self.technique.adds | self.claims.adds
 
     @property
-    def roles(self) -> frozenset[str]:
+    def roles(self) -> Set[str]:
         return self.technique.roles | self.claims.roles
 
 
@@ -184,8 +185,14 @@ def unread_settings(steps: list[Step], settings: Settings) -> list[str]:
         group = setting.name.partition(".")[0]
         role = READER[group]
         owner = next((step for step in steps if role in step.roles), None)
-        honours = owner.technique.honours if owner else DEFAULT_HONOURS[role]
-        if setting.strength != "default" and not {setting.name, f"{group}.*"} & honours and owner is not None:
+        if setting.strength == "default":
+            continue
+        if owner is None and setting.name in NOT_BY_DEFAULT and setting.value is not None:
+            conflicts.append(
+                f"setting '{setting.name}' = {setting.value} ({setting.by}) is not read without a technique that owns the role '{role}' and "
+                f"honours it; add one (`optkit plugins info NAME` shows what it honours), or leave out {setting.by}"
+            )
+        elif owner is not None and not {setting.name, f"{group}.*"} & owner.technique.honours:
             conflicts.append(
                 f"setting '{setting.name}' = {setting.value} ({setting.by}) is not read by {owner.name}, which owns the role '{role}'; "
                 f"leave out {owner.name}, or {setting.by}"

@@ -26,7 +26,7 @@ class Request:
     :ivar plugins: technique names, or ``None`` for the profile's (none where ``plans`` says what to measure).
     :ivar plans: further plans to measure, names of each. :ivar each: also each technique of ``plugins`` alone.
     :ivar set: options and settings by dotted name. :ivar reference: a plan (names joined by ``+``) that ratios are taken to.
-    :ivar timeout: seconds for one step of a trial. :ivar fresh: time again. :ivar force: compute predictions again.
+    :ivar timeout: seconds for one step of a trial. :ivar time_limit: seconds after which no further process pair is started. :ivar fresh: time again. :ivar force: compute predictions again.
     """
 
     model: str | None = None
@@ -50,6 +50,7 @@ class Request:
     cache_dir: str | None = None
     cache_max_age: float | None = None
     timeout: float = 900.0
+    time_limit: float | None = None
     store_text: bool = True
     profiles_dir: list[str] = field(default_factory=list)
     origins: dict[str, str] = field(default_factory=dict)

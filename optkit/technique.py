@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Set
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from optkit.settings import Limit, Setting
 
@@ -13,6 +14,10 @@ Stage = Literal[
     "load", "merge", "architecture", "quantize", "adapter", "attention", "placement", "engine", "generation", "batching", "cache"
 ]
 Role = Literal["load", "weights", "engine", "batching", "optimizer", "loss"]
+
+Name = TypeVar("Name", bound=str)
+#: Any set is taken, and kept as a frozen one.
+Names = Annotated[Set[Name], AfterValidator(frozenset)]
 
 #: The order in which techniques are applied.
 STAGES: tuple[str, ...] = Stage.__args__  # type: ignore[attr-defined]
@@ -51,11 +56,11 @@ class Claims(BaseModel):
 
     settings: tuple[Setting, ...] = ()
     limits: tuple[Limit, ...] = ()
-    roles: frozenset[Role] = frozenset()
-    adds: frozenset[str] = frozenset()
-    needs: frozenset[str] = frozenset()
-    forbids: frozenset[str] = frozenset()
-    refuses: frozenset[str] = frozenset()
+    roles: Names[Role] = frozenset()
+    adds: Names[str] = frozenset()
+    needs: Names[str] = frozenset()
+    forbids: Names[str] = frozenset()
+    refuses: Names[str] = frozenset()
     notes: tuple[str, ...] = ()
     lossy: bool | None = Field(default=None, description="whether outputs may differ beyond rounding, where the options decide it")
     weight_bits: float | None = Field(default=None, description="bits that a linear weight takes afterwards, for the memory estimate")
@@ -89,18 +94,18 @@ class Technique(BaseModel):
     name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,40}$")
     stage: Stage
     summary: str
-    roles: frozenset[Role] = frozenset()
-    honours: frozenset[str] = frozenset()
-    adds: frozenset[str] = frozenset()
-    needs: frozenset[str] = frozenset()
-    forbids: frozenset[str] = frozenset()
-    refuses: frozenset[str] = frozenset()
-    before: frozenset[str] = frozenset()
-    after: frozenset[str] = frozenset()
+    roles: Names[Role] = frozenset()
+    honours: Names[str] = frozenset()
+    adds: Names[str] = frozenset()
+    needs: Names[str] = frozenset()
+    forbids: Names[str] = frozenset()
+    refuses: Names[str] = frozenset()
+    before: Names[str] = frozenset()
+    after: Names[str] = frozenset()
     calibrates: bool = False
     lossy: bool = False
-    tasks: frozenset[Task] = frozenset({"score", "generate", "train"})
-    devices: frozenset[Literal["cpu", "cuda"]] = frozenset({"cpu", "cuda"})
+    tasks: Names[Task] = frozenset({"score", "generate", "train"})
+    devices: Names[Literal["cpu", "cuda"]] = frozenset({"cpu", "cuda"})
     requires: tuple[str, ...] = ()
     extra: str | None = None
     preload: tuple[str, ...] = ()

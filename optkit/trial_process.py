@@ -41,6 +41,7 @@ class TrialProcess:
         self._timeout: float | None = None
         self._answer: dict[str, Any] | None = None
         self._verdict: tuple[State, str] | None = None  # why it was or is being ended
+        self._asked = False  # to end by itself
         self._use: ResourceUse | None = None  # set once the process has ended
         channel.setblocking(False)
 
@@ -99,11 +100,16 @@ class TrialProcess:
 
     def end(self, timeout: float = 10.0) -> ResourceUse:
         """Let the target `close()` itself, if it can, and the process end; kill it after `timeout` seconds."""
-        if self._verdict is None and self._method is None:
-            self._verdict = ("killed", "it was ended")
-            self.send(encode({"end": True}, "a request"))
+        if self.ask_to_end():
             self._wait_for_exit(timeout)
         return self.kill()
+
+    def ask_to_end(self) -> bool:
+        """What `end` begins with, without waiting, so that several end at the same time. :return: whether it was or had been asked."""
+        if self._verdict is None and self._method is None:
+            self._verdict, self._asked = ("killed", "it was ended"), True
+            self.send(encode({"end": True}, "a request"))
+        return self._asked
 
     def kill(self) -> ResourceUse:
         """Kill the process and all that it started."""

@@ -97,6 +97,9 @@ class Process:
     def wait(self) -> dict[str, Any]:
         return self.answer
 
+    def ask_to_end(self) -> None:
+        pass
+
     def end(self) -> None:
         pass
 
@@ -163,3 +166,16 @@ def test_every_process_is_warm_before_it_is_timed(interleaved: bool) -> None:
     run_on(machine, 6, 0, interleaved=interleaved)
     assert len(machine.processes) == 6 * 3  # a fresh one for each arm in each round
     assert {tuple(process.calls) for process in machine.processes} == {("load", "warm", "once", "once")}
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_no_round_begins_after_the_time_limit_and_every_arm_is_measured_equally_often(
+    interleaved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(QUIET, {}, 36, seed=0)
+    monkeypatch.setattr("optkit.compare.time.monotonic", lambda: 10.0 * len(machine.processes))  # a process takes 10 s
+    protocol = Protocol(rounds=6, turns=2, unit_seconds=1.0, interleaved=interleaved, seconds=60.0)
+    comparison = Comparison(lambda: machine, [Arm("baseline", {}), Arm("arm", {})], protocol)  # type: ignore[arg-type, return-value]
+    comparison.run(lambda arm: None)
+    assert comparison.rounds == 3  # begun after 0, 30 and 60 s
+    assert {len(arm.rounds) for arm in comparison.everyone()} == {3}

@@ -75,6 +75,11 @@ def test_a_flag_that_nobody_reads_is_a_conflict_too(registry):
     assert "generate.num_beams" in conflicts(registry, "deaf", wishes=[flag])[0]
 
 
+def test_a_setting_that_only_a_technique_can_read_is_a_conflict_without_one(registry):
+    slots = Setting(name="generate.slots", value=8, because="asked for", by="--set", strength="flag")
+    assert "add one" in conflicts(registry, "fixed", wishes=[slots])[0]
+
+
 def test_properties_refused_and_needed(registry):
     assert "'weights-quantized'" in conflicts(registry, "weights-a", "refuser")[0]
     assert "'adapter'" in conflicts(registry, "needy")[0]

@@ -130,6 +130,20 @@ def test_end_lets_the_target_close_itself_and_tells_what_was_used(server: TrialS
     assert failure_of(trial, "echo", value=1).state == "killed"
 
 
+def test_several_that_were_asked_to_end_are_then_waited_for_and_a_busy_one_is_killed(server: TrialServer) -> None:
+    one, other = (server.spawn("trial_targets:WithClose", {}, name=name) for name in ("one", "other"))
+    for trial in (one, other):
+        trial.call("folder_name")
+        assert trial.ask_to_end()
+    busy = server.spawn(TARGET, {}, name="busy")
+    busy.call("echo", value=1)
+    busy.start("hang")
+    assert not busy.ask_to_end()
+    assert one.end().exit_status == other.end().exit_status == 0
+    assert one.log_tail() == other.log_tail() == "closed by itself"
+    assert busy.end().exit_status != 0
+
+
 # -- exceptions: the process stays usable
 
 
