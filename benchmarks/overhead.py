@@ -131,6 +131,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         environment = {**os.environ, "OPTKIT_CACHE_DIR": str(folder / "cache"), "OPTKIT_RECORDS_DIR": str(folder / "records")}
+        # as installed: with bytecode, which some environments do not let Python write; the first call of each command, not counted, does
+        environment |= {"PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         os.environ["OPTKIT_CACHE_DIR"] = environment["OPTKIT_CACHE_DIR"]
         rows = commands(arguments.repeats, environment) + inside(arguments.repeats, folder)
     if arguments.output:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from pydantic import Field
 
 from optkit import Claims, Engine, Options, Technique, TrialContext, UnavailableError, hookimpl
-from optkit_plugins._openai import Client, check_url, is_loopback
 
 EXAMPLE = "--set endpoint.url=http://127.0.0.1:8000"
 #: The model is the server's: nothing that changes a local one would have an effect.
@@ -54,13 +53,17 @@ technique = Technique(
 
 @hookimpl
 def configure(options: EndpointOptions) -> Claims:
-    problem = f"it needs the address of a server: {EXAMPLE}" if options.url is None else check_url(options.url)
+    if options.url is None:
+        return Claims(problem=f"it needs the address of a server: {EXAMPLE}")
+    from optkit_plugins._openai import check_url, is_loopback
+
+    problem = check_url(options.url)
     if problem is None and options.api_key_env and not os.environ.get(options.api_key_env):
         problem = f"the environment variable {options.api_key_env} (option api_key_env) is not set"
     if problem is None and options.token_ids and options.api == "chat":
         problem = "token_ids works with api=completions only: a chat template needs text"
-    notes = [f"prompts are sent to {options.url}"] if options.url else []
-    if options.url and options.api_key_env and options.url.startswith("http://") and not is_loopback(options.url):
+    notes = [f"prompts are sent to {options.url}"]
+    if options.api_key_env and options.url.startswith("http://") and not is_loopback(options.url):
         notes.append("the key travels unencrypted (http)")
     return Claims(problem=problem, notes=tuple(notes))
 
@@ -80,6 +83,8 @@ def build_engine(trial: TrialContext) -> Engine:
     key = os.environ.get(options.api_key_env) if options.api_key_env else None
     if options.api_key_env and not key:
         raise UnavailableError(f"endpoint: the environment variable {options.api_key_env} (option api_key_env) is not set")
+    from optkit_plugins._openai import Client
+
     client = Client(options.url, api_key=key, timeout=options.timeout_seconds)
     try:
         model = options.model or client.first_model()
