@@ -9,7 +9,7 @@ from rich.console import Console
 
 from optkit.report.terminal import record_view
 
-WIDTH = 150
+WIDTH = 164
 
 
 def render(record: dict[str, Any], command: str = "optkit run") -> str:
