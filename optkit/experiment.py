@@ -5,13 +5,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from optkit import compare, foreign_code, identity, metrics
+from optkit import compare, foreign_code, identity, metrics, quality
 from optkit.canonical import digest
-from optkit.context import TrialContext
 from optkit.errors import OptkitError, UnavailableError
 from optkit.folders import cache_folder, make_private_folder, records_folder, usable_folder
 from optkit.machine import detect, silent_cpu_fallback
@@ -259,43 +257,10 @@ class Experiment:
         }  # fmt: skip
 
     def _add_quality(self, result: dict[str, Any]) -> None:
-        """Metrics over the predictions: ours kept under what decides them, those of plugins and of the user computed each time."""
-        samples = self.setup.samples.samples
-        for row, plan in zip(result["arms"], self.setup.all_plans, strict=True):
-            rows = self.predictions.get(row["name"])
-            if rows is None:
-                continue
-            baseline = None if plan is self.setup.baseline else self.predictions.get("baseline")
-            spec = {
-                "rows": digest(rows),
-                "baseline": digest(baseline),
-                "samples": self.setup.samples.digest,
-                "code": self.identity["optkit"],
-            }
-            hit = self.memo.lookup("metrics", spec)  # without joblib, which a hit does not need
-            if hit is None:
-                quality, _ = self.memo.compute("metrics", partial(measured_quality, rows, samples, baseline), spec)
-            row["quality"] = dict(hit.value if hit else quality)
-            if self.metric is not None:
-                row["quality"] |= metrics.own(self.metric, rows, samples)
-            self._add_plugin_metrics(row["quality"], plan, rows)
-            row["predictions_from"] = "memo" if self.from_memo.get(row["name"]) else "measured"
-
-    def _add_plugin_metrics(self, quality: dict[str, Any], plan: Plan, rows: list[dict[str, Any]]) -> None:
-        """Answers to the hook ``evaluate``. :raises OptkitError: for a name that is given twice."""
-        setup = self.setup
-        for step in plan.steps:
-            hook = setup.registry.hook(step.name, "evaluate")
-            if hook is None:
-                continue
-            trial = TrialContext(
-                step.name, step.options, plan.settings, setup.task, setup.machine.device, self.request.seed, setup.machine, setup.source,
-                cache_folder(self.request.cache_dir),
-            )  # fmt: skip
-            for name, value in (hook(outputs=rows, samples=setup.samples.samples, trial=trial) or {}).items():
-                if name in quality:
-                    raise OptkitError(f"the metric '{name}' is given twice, the second time by {step.name}; leave out one of them")
-                quality[name] = {"value": float(value), "n": len(rows)}
+        quality.add(result, self.setup, self.memo, self.predictions, self.identity["optkit"], self.metric)
+        for row in result["arms"]:
+            if row["name"] in self.predictions:
+                row["predictions_from"] = "memo" if self.from_memo.get(row["name"]) else "measured"
 
 
 def foreign_code_of(setup: Setup) -> str:
@@ -304,11 +269,6 @@ def foreign_code_of(setup: Setup) -> str:
     if source.kind == "hub" or setup.baseline.settings["load.trust_remote_code"]:
         return ""
     return foreign_code.refused(Path(source.location) if source.kind == "folder" else Path(source.location).parent)
-
-
-def measured_quality(rows: Any, samples: list[Sample], baseline: Any, spec: dict[str, Any]) -> dict[str, Any]:
-    """The metrics of one arm, in the form that the memo calls."""
-    return metrics.quality(rows, samples, baseline)
 
 
 def new_run_folder(cache: Path) -> Path:
