@@ -1,4 +1,4 @@
-"""Tables of README and docs from recorded cases, so that no figure in them is typed by hand.
+"""Tables for README and docs from recorded cases, so that no figure in them need be typed by hand.
 
     python -m benchmarks.table benchmarks/results/h200.jsonl [--into README.md docs/results.md]
 

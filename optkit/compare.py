@@ -143,8 +143,8 @@ class Comparison:
             if not self.protocol.at_once:
                 self._start(arm, method)
             answer = self._wait(arm)
-            if method == "warm" and answer:
-                arm.colds.append(answer["cold_seconds"])
+            if method == "warm":
+                self._note_warm(arm, answer)
 
     def _round_apart(self, number: int, order: list[Arm], inspect: Callable[[Arm], None]) -> None:
         if number == 0:
@@ -195,10 +195,12 @@ class Comparison:
     def _warm(self, arm: Arm) -> None:
         if arm.ok:
             self._start(arm, "warm")
-            answer = self._wait(arm)
-            if answer:
-                arm.colds.append(answer["cold_seconds"])
-                arm.warm = arm.warm or answer
+            self._note_warm(arm, self._wait(arm))
+
+    def _note_warm(self, arm: Arm, answer: Any) -> None:
+        if answer:
+            arm.colds.append(answer["cold_seconds"])
+            arm.warm = arm.warm or answer
 
     def _inspect(self, arm: Arm, inspect: Callable[[Arm], None]) -> None:
         self._step(f"evaluating {arm.name}")

@@ -74,7 +74,7 @@ def parse_value(text: str) -> Any:
 
 
 def flatten(table: dict[str, Any]) -> list[str]:
-    """``{"nf4": {"blocksize": 64}}`` or ``{"nf4.blocksize": 64}`` of a file -> ``["nf4.blocksize=64"]``."""
+    """``{"name": {"option": 64}}`` or ``{"name.option": 64}`` of a file -> ``["name.option=64"]``."""
     pairs = []
     for key, value in table.items():
         if isinstance(value, dict):
