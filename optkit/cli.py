@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -279,6 +280,7 @@ def _write(path: str, record: dict[str, Any]) -> None:
 
 def main() -> None:
     """The console script. An expected error is one line and an exit code; an internal one keeps its traceback."""
+    gc.set_threshold(50_000)  # thousands of classes are made and none dies: looking for garbage takes a tenth of a short command
     try:
         app()
     except OptkitError as error:

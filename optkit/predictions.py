@@ -41,7 +41,7 @@ def _generate(session: Session, samples: list[Sample], chosen: list[int], rows: 
     limit = int(session.plan.settings["generate.max_new_tokens"])
     subset = [samples[index] for index in chosen]
     done = 0
-    for batch in session.batches(subset):
+    for batch in session.batches(subset, by_length=True):
         outputs = session.engine.generate([subset[index].prompt_ids for index in batch], new_tokens=limit)
         for index, output in zip(batch, outputs, strict=True):
             rows[chosen[index]] |= {
@@ -56,7 +56,7 @@ def _generate(session: Session, samples: list[Sample], chosen: list[int], rows: 
 def _score(session: Session, samples: list[Sample], rows: list[dict[str, Any]]) -> None:
     chosen = [index for index, sample in enumerate(samples) if sample.answer_ids]
     subset = [samples[index] for index in chosen]
-    for batch in session.batches(subset) if subset else []:
+    for batch in session.batches(subset, by_length=True) if subset else []:
         members = [subset[index] for index in batch]
         scores = session.engine.score([sample.prompt_ids + sample.answer_ids for sample in members], [sample.start for sample in members])
         for index, score in zip(batch, scores, strict=True):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -17,6 +18,9 @@ from optkit.errors import OptkitError, UnavailableError, UsageError, did_you_mea
 from optkit.plugin_loading import Point, one_line
 from optkit.settings import KNOWN
 from optkit.technique import Claims, Technique
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 GROUP = "optkit.techniques"
 
@@ -243,19 +247,30 @@ def _twice(first: Found, second: Found) -> Found:
 
 def missing_requirements(technique: Technique) -> str:
     """What of ``technique.requires`` is not installed, in words; empty when all is there."""
-    from packaging.requirements import Requirement
-
     problems = []
     for text in technique.requires:
-        requirement = Requirement(text)
+        name, versions = _requirement(text)
         try:
-            version = importlib.metadata.version(requirement.name)
+            version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            problems.append(f"{requirement.name} is not installed")
+            problems.append(f"{name} is not installed")
             continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            problems.append(f"{requirement.name} {version} is installed, {requirement} is needed")
+        if not versions.contains(version, prereleases=True):
+            problems.append(f"{name} {version} is installed, {text} is needed")
     return "; ".join(problems)
+
+
+def _requirement(text: str) -> tuple[str, SpecifierSet]:
+    """Name and versions. The parser of the whole grammar takes a tenth of ``list-plugins``, so it is for extras and markers only."""
+    from packaging.specifiers import SpecifierSet
+
+    plain = re.fullmatch(r"([A-Za-z0-9][\w.-]*)\s*((?:[<>=!~][^;@\[]*)?)", text)
+    if plain:
+        return plain[1], SpecifierSet(plain[2])
+    from packaging.requirements import Requirement
+
+    requirement = Requirement(text)
+    return requirement.name, requirement.specifier
 
 
 def _install_hint(technique: Technique, distribution: str) -> str:

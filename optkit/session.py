@@ -127,8 +127,12 @@ class Session:
     def vocabulary(self) -> int:
         return int(self.model.config.get_text_config(decoder=True).vocab_size) if self.model is not None else len(self.tokenizer)
 
-    def batches(self, samples: list[Sample]) -> list[list[int]]:
-        """Indices of each batch. :raises OptkitError: where a strategy loses or repeats a sample."""
+    def batches(self, samples: list[Sample], *, by_length: bool = False) -> list[list[int]]:
+        """Indices of each batch, by the plan's strategy or else in file order.
+
+        :param by_length: without a strategy, the shortest first: less padding, for work that is not timed.
+        :raises OptkitError: where a strategy loses or repeats a sample.
+        """
         owner = self.plan.owner("batching")
         hook = self.registry.hook(owner.name, "batch_strategy") if owner else None
         if owner and hook:
@@ -139,7 +143,8 @@ class Session:
                 )
             return batches
         size = int(self.plan.settings["batch.size"])
-        return [list(range(start, min(start + size, len(samples)))) for start in range(0, len(samples), size)]
+        order = sorted(range(len(samples)), key=lambda index: len(samples[index])) if by_length else list(range(len(samples)))
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
     # ------------------------------------------------------------ proof
 

@@ -1,7 +1,9 @@
 """Discovery survives every kind of broken plugin and names it; the others keep working."""
 
 import pytest
+from packaging.requirements import Requirement
 
+from optkit import registry
 from optkit.errors import UnavailableError, UsageError
 from optkit.registry import discover
 from tests.fakes import distribution, install, plugin
@@ -105,3 +107,12 @@ def test_a_metric_that_fails_is_named_with_the_way_to_switch_it_off(monkeypatch,
     with pytest.raises(UnavailableError, match=words) as caught:
         discover().hook("meter", "evaluate")(outputs=[], samples=[], trial=None)
     assert "plugin 'meter' of optkit-fake" in str(caught.value) and "optkit plugins disable meter" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["torchao>=0.17", "llm.compressor-x >=0.14, <0.15", "a~=1.0", "a===1", "a[fast]>=1,!=1.5", "a>=1; python_version > '3'", "a (>=2)"],
+)
+def test_requirements_are_read_as_packaging_reads_them(text):
+    name, versions = registry._requirement(text)
+    assert (name, versions) == (Requirement(text).name, Requirement(text).specifier)

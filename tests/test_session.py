@@ -115,6 +115,20 @@ def test_a_batch_strategy_that_loses_a_sample_is_refused(monkeypatch, tmp_path):
         optimized._session.batches([Sample("a", prompt_ids=[1]), Sample("b", prompt_ids=[2])])
 
 
+def test_without_a_strategy_batches_hold_every_sample_in_file_order_or_by_length():
+    model, tokenizer = tiny_model("llama")
+    session = optkit.optimize(model, tokenizer)._session
+    size = session.plan.settings["batch.size"]
+    samples = [Sample(str(index), prompt_ids=[1] * (1 + 7 * index % 11)) for index in range(2 * size + 1)]
+    flat = [index for batch in session.batches(samples) for index in batch]
+    assert flat == list(range(len(samples)))
+    batches = session.batches(samples, by_length=True)
+    assert [len(batch) for batch in batches] == [size, size, 1]
+    sorted_lengths = sorted(len(sample) for sample in samples)
+    assert [len(samples[index]) for batch in batches for index in batch] == sorted_lengths
+    assert sorted(index for batch in batches for index in batch) == flat
+
+
 def test_an_engine_of_a_plugin_is_used_and_wrapped_in_plan_order(monkeypatch, tmp_path):
     engine = """
         class Fixed(__import__('optkit').Engine):
