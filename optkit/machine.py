@@ -114,20 +114,26 @@ QUIET_CORES = 0.5
 
 
 def busy_cores(seconds: float = 0.2, *, root: str | Path = "/") -> float:
-    """How many cores all processes keep busy just now, from the kernel's counters over a moment; 0 where there are none."""
+    """How many of this process's cores all processes keep busy just now, from the kernel's counters over a moment; 0 where there are none.
 
-    def counters() -> tuple[int, int] | None:
-        line = (read_text(Path(root) / "proc/stat") or "").partition("\n")[0].split()[1:]
-        values = [int(value) for value in line if value.isdigit()]
-        return (sum(values[:8]), values[3] + values[4]) if len(values) >= 8 else None
+    Where a process is bound to some cores, what happens on the others does not disturb it. Without counters of single cores, all count.
+    """
+    mine = {f"cpu{core}" for core in (os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ())}
+
+    def counters() -> tuple[int, int, int] | None:
+        rows = [line.split() for line in (read_text(Path(root) / "proc/stat") or "").splitlines() if line.startswith("cpu")]
+        own = [row for row in rows if row[0] in mine]
+        values = [[int(value) for value in row[1:] if value.isdigit()] for row in own or rows[:1]]
+        if not values or any(len(row) < 8 for row in values):
+            return None
+        return sum(sum(row[:8]) for row in values), sum(row[3] + row[4] for row in values), len(own) or os.cpu_count() or 1
 
     before = counters()
     time.sleep(seconds)
     after = counters()
     if before is None or after is None or after[0] <= before[0]:
         return 0.0
-    idle = (after[1] - before[1]) / (after[0] - before[0])
-    return (1 - idle) * (os.cpu_count() or 1)
+    return (1 - (after[1] - before[1]) / (after[0] - before[0])) * after[2]
 
 
 def silent_cpu_fallback(machine: Machine, build: TorchBuild | None = None) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import types
@@ -14,9 +16,9 @@ from typing import Any
 
 import pytest
 
+import optkit
 from benchmarks.faults.fields import mutations, real_specs
 from optkit import identity
-from optkit.canonical import digest
 from optkit.experiment import Experiment
 from optkit.memo import Memo
 from optkit.memo_entry import Key
@@ -84,8 +86,24 @@ def appended(path: str, text: str) -> Callable[[pytest.MonkeyPatch, Path], dict[
 
 
 def other_code(monkeypatch: pytest.MonkeyPatch, here: Path) -> dict[str, Any]:
-    whole = identity.source_digest
-    monkeypatch.setattr(identity, "source_digest", lambda folder: digest([whole(folder), "a line more"]))
+    """A line more in a file of optkit's that computes nothing: which files matter is not guessed."""
+    copy = here / "optkit"
+    shutil.copytree(Path(optkit.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "bundled"))
+    assert identity.source_digest(copy) == identity.source_digest(Path(optkit.__file__).parent)
+    with (copy / "report" / "rows.py").open("a") as file:
+        file.write("# a line more\n")
+    monkeypatch.setattr(optkit, "__file__", str(copy / "__init__.py"))
+    return {}
+
+
+def another_python(monkeypatch: pytest.MonkeyPatch, here: Path) -> dict[str, Any]:
+    """The code that computes is the same, whatever reads it."""
+    major_minor = platform.python_version().rpartition(".")[0]
+    monkeypatch.setattr(sys, "version", sys.version.replace(major_minor, "3.99"))
+    monkeypatch.setattr(sys, "version_info", (3, 99, *sys.version_info[2:]))
+    monkeypatch.setattr(sys.implementation, "cache_tag", "cpython-399")
+    monkeypatch.setattr(sys, "hexversion", 0x03630000)
+    assert platform.python_version().startswith("3.99")
     return {}
 
 
@@ -102,7 +120,7 @@ def library(name: str) -> Callable[[pytest.MonkeyPatch, Path], dict[str, Any]]:
 
 #: what changes in the world -> the field of the spec that must follow, alone or beside ``reference``, which holds the baseline's.
 CHANGES: dict[str, tuple[Callable[[pytest.MonkeyPatch, Path], dict[str, Any]], set[str]]] = {
-    "optkit's own code": (other_code, {"optkit", "plugins", "reference"}),
+    "optkit's own code": (other_code, {"optkit", "reference"}),
     "torch": (library("torch"), {"libraries", "reference"}),
     "transformers": (library("transformers"), {"libraries", "reference"}),
     "the model's weights": (appended("model/model.safetensors", "!"), {"model", "reference"}),
@@ -119,6 +137,7 @@ CHANGES: dict[str, tuple[Callable[[pytest.MonkeyPatch, Path], dict[str, Any]], s
     "the plugin itself": (appended("site/loud_package/plugin.py", "# changed\n"), {"plugins"}),
     "a library that the plugin requires": (library("loud-library"), {"plugins"}),
     "samples that techniques calibrate on": (last_samples, {"calibration"}),
+    "the version of Python": (another_python, set()),
     "the samples": (appended("samples.jsonl", ""), set()),
     "fewer samples": (lambda monkeypatch, here: {"limit": 3}, {"samples", "calibration"}),
 }  # fmt: skip

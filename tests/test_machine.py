@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from optkit import nvidia
-from optkit.machine import Machine, TorchBuild, detect, silent_cpu_fallback, torch_build
+from optkit.machine import Machine, TorchBuild, busy_cores, detect, silent_cpu_fallback, torch_build
 from optkit.nvidia import Driver, Gpu
 
 H200 = Gpu("NVIDIA H200", 143_771 * 2**20, (9, 0), "GPU-aaaa")
@@ -96,6 +96,28 @@ def test_a_cgroup_limits_memory(tmp_path: Path, files: dict[str, str]) -> None:
 def test_a_cgroup_limits_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     assert detect(root=write(tmp_path, files), environ={}).cpu_cores == cores
+
+
+STAT = "cpu  {all} 0 0 {rest} 0 0 0 0 0 0\ncpu0 {one} 0 0 {free} 0 0 0 0 0 0\ncpu1 {other} 0 0 0 0 0 0 0 0 0\n"
+TOTAL = STAT.partition("\n")[0] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("stat", "mine", "busy"),
+    [(STAT, {0}, 0.25), (STAT, {1}, 1.0), (STAT, {0, 1}, 1.25), (TOTAL, {0}, 1.25), ("", {0}, 0.0), ("cpu  1 2\n", {0}, 0.0)],
+)
+def test_only_cores_that_a_process_may_use_disturb_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stat: str, mine: set[int], busy: float
+) -> None:
+    """Two cores for 100 ticks: the first is busy for 25 of them, the second for all."""
+    (tmp_path / "proc").mkdir()
+    file = tmp_path / "proc" / "stat"
+    file.write_text(stat.format(all=1000, rest=500, one=700, free=300, other=900))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: mine)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    later = stat.format(all=1125, rest=575, one=725, free=375, other=1000)
+    monkeypatch.setattr("optkit.machine.time.sleep", lambda seconds: file.write_text(later))
+    assert busy_cores(root=tmp_path) == pytest.approx(busy)
 
 
 def test_the_driver_s_facts_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,48 +8,50 @@ from pathlib import Path
 from typing import Any
 
 from optkit.errors import OptkitError, PlanConflict
+from optkit.exporting import TOLERANCE_NATS
 from optkit.plan import Plan
 from optkit.plugin_loading import one_line
 from optkit.proof import ACTIVE, verdict
+from optkit.testing.answers import ROUNDING_NATS, distributions_moved, incomplete, largest_difference, same_again
 from optkit.testing.checking import CheckFailed, NotChecked
 from optkit.testing.models import KINDS, plain_greedy, plain_scores, prompts
 from optkit.testing.subject import NEW_TOKENS, Outcome, Subject
 
-#: Largest difference of a log probability, in nats, that rounding explains for a technique that changes no value, in float32.
-ROUNDING_NATS = 1e-4
 #: Declared bits of a linear weight against its stored bits: scales and padding weigh more on a tiny model.
 BITS_SLACK = 1.3
 
 
 def check_runs(subject: Subject, kind: str) -> str:
     """Finite, complete, the same again, from the engine and from the seed; as plain transformers unless it is declared lossy."""
-    import torch
-
     _ready(subject)
     try:
         outcome = subject.outcome(kind)
     except OptkitError as error:
         raise CheckFailed(f"it refuses a {kind} model: {' '.join(str(error).split())}") from error
-    if [len(row) for row in outcome.tokens] != [NEW_TOKENS] * len(outcome.tokens):
-        raise CheckFailed(f"{NEW_TOKENS} tokens a prompt were asked for, and it gave {[len(row) for row in outcome.tokens]}")
-    if outcome.scores and not all(torch.isfinite(row).all() for row in outcome.scores):
-        raise CheckFailed("its scores are not finite")
-    if outcome.again != outcome.tokens and "random-output" not in _properties(subject):
-        raise CheckFailed("asked for the same texts twice, its engine gives others the second time: the first time left something behind")
+    if problem := incomplete(outcome):
+        raise CheckFailed(problem)
+    if not same_again(outcome) and "random-output" not in _properties(subject):
+        what = "texts" if outcome.tokens is not None else "scores"
+        raise CheckFailed(f"asked for the same {what} twice, its engine gives others the second time: the first time left something behind")
     again = subject.carry_out(subject.plan(), subject.source(kind), prove=False)
+    apart = distributions_moved(again) if subject.task == "score" else 0.0
     again.session.close()
-    moved = _largest(outcome.scores, again.scores)
+    moved = largest_difference(outcome.scores, again.scores)
     if again.tokens != outcome.tokens or moved > ROUNDING_NATS / 100:
         raise CheckFailed(
             f"two runs with one seed differ: by {moved:.2g} nats, texts {'equal' if again.tokens == outcome.tokens else 'unequal'}"
         )
+    if not apart <= TOLERANCE_NATS.get(_dtype(outcome), 1e-2):
+        raise CheckFailed(f"its engine's score and log_probs speak of different distributions: {apart:.2g} nats lie between them")
+    found = "finite, repeatable" if subject.task == "generate" else f"task {subject.task}: finite, repeatable"
     if subject.plan().lossy or _dtype(outcome) != "float32" or {"random-output", "many-paths"} & _properties(subject):
-        return "finite, repeatable"
+        return found
     model = subject.untouched(kind).session.model
-    moved = _largest(outcome.scores, plain_scores(model, prompts()))
-    if outcome.tokens != plain_greedy(model, prompts(), NEW_TOKENS) or moved > ROUNDING_NATS:
+    moved = largest_difference(outcome.scores, plain_scores(model, prompts()))
+    others = outcome.tokens is not None and outcome.tokens != plain_greedy(model, prompts(), NEW_TOKENS)
+    if others or moved > ROUNDING_NATS:
         raise CheckFailed(f"it is not declared lossy, and texts or scores differ from plain transformers' (up to {moved:.2g} nats)")
-    return f"finite, repeatable, as plain transformers ({moved:.1g} nats)"
+    return f"{found}, as plain transformers ({moved:.1g} nats)"
 
 
 def check_effect(subject: Subject, kind: str) -> str:
@@ -112,8 +114,6 @@ def _bits_a_weight(before: Any, after: Any) -> float:
 
 def check_saves(subject: Subject, kind: str) -> str:
     """Written and loaded again, the model scores the same."""
-    from optkit.exporting import TOLERANCE_NATS
-
     outcome = _outcome(subject, kind)
     trial = outcome.session.contexts[subject.name]
     model: Any = outcome.session.model
@@ -133,7 +133,7 @@ def check_saves(subject: Subject, kind: str) -> str:
         from optkit.sources import ModelSource
 
         again = subject.carry_out(subject.plan(alone=True), ModelSource("saved", "folder", folder), prove=False)
-        moved = _largest(before, plain_scores(again.session.model, prompts()))
+        moved = largest_difference(before, plain_scores(again.session.model, prompts()))
     limit = TOLERANCE_NATS.get(_dtype(outcome), 1e-2)
     if not moved <= limit:
         raise CheckFailed(
@@ -196,8 +196,6 @@ def _is_partner(subject: Subject, other: str, plan: Plan) -> bool:
 
 def _together(subject: Subject, other: str, plan: Plan, kind: str) -> str:
     """What goes wrong with a pair that the plan allows. :raises NotChecked: where the other one fails alone as well."""
-    import torch
-
     try:
         outcome = subject.carry_out(plan, subject.source(kind))
     except Exception as error:
@@ -207,10 +205,8 @@ def _together(subject: Subject, other: str, plan: Plan, kind: str) -> str:
             raise NotChecked(one_line(error)) from None
         return f"the plan allows it, and the run does not: {one_line(error)}"
     try:
-        if [len(row) for row in outcome.tokens] != [NEW_TOKENS] * len(outcome.tokens):
-            return "texts are incomplete"
-        if outcome.scores and not all(torch.isfinite(row).all() for row in outcome.scores):
-            return "scores are not finite"
+        if problem := incomplete(outcome):
+            return problem
         alone = _verdict(subject, _outcome(subject, kind), subject.untouched(kind))["verdict"]
         found = _verdict(subject, outcome, subject.untouched(kind))["verdict"]
         return "" if found in (ACTIVE, alone) else f"it is {found}, and alone it is {alone}"
@@ -263,12 +259,6 @@ def _properties(subject: Subject) -> frozenset[str]:
 
 def _dtype(outcome: Outcome) -> str:
     return str(outcome.session.model.dtype).removeprefix("torch.") if outcome.session.model is not None else "unknown"
-
-
-def _largest(first: Any, second: Any) -> float:
-    if first is None or second is None:
-        return 0.0
-    return max(float((a.double() - b.double()).abs().max()) for a, b in zip(first, second, strict=True))
 
 
 def _json(facts: dict[str, Any], whose: str) -> None:

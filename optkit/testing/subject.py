@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optkit.errors import PlanConflict
 from optkit.machine import Machine, detect
 from optkit.plan import Choice, Plan, make_plan
 from optkit.registry import Found, Registry, discover
@@ -18,24 +19,28 @@ from optkit.technique import Technique
 if TYPE_CHECKING:
     import torch
 
+    from optkit.engine import Engine
     from optkit.session import Session
+    from optkit.technique import Task
 
 NEW_TOKENS = 6
+#: What the kit can drive a model through; it trains nothing.
+TASKS: tuple[Task, ...] = ("generate", "score")
 
 
 @dataclass
 class Outcome:
     """What came of one plan on one tiny model.
 
-    :ivar tokens: greedy continuations of four prompts, ``NEW_TOKENS`` each. :ivar scores: log probabilities of the prompts' tokens;
-        ``None`` where the engine gives none. :ivar again: the same continuations, asked for a second time; empty where nobody asked.
-    :ivar facts: technique -> what ``prove_effect`` says.
+    :ivar tokens: greedy continuations of four prompts, ``NEW_TOKENS`` each; ``None`` in the task ``score``. :ivar scores: log probabilities
+        of the prompts' tokens; ``None`` where the engine of the task ``generate`` gives none. :ivar again: what the task is about, tokens or
+        scores, asked for a second time; ``None`` where nobody asked. :ivar facts: technique -> what ``prove_effect`` says.
     """
 
     session: Session
-    tokens: list[list[int]]
+    tokens: list[list[int]] | None
     scores: list[torch.Tensor] | None
-    again: list[list[int]] = field(default_factory=list)
+    again: Any = None
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -74,11 +79,22 @@ class Subject:
             return load_profile("cpu").as_machine(machine)
         return machine
 
+    @cached_property
+    def task(self) -> Task:
+        """What the technique is driven through: ``generate``, or ``score`` where it has a plan only there."""
+        for task in TASKS:
+            try:
+                make_plan(self.registry, self.machine, task, [Choice(self.name, self.options)])
+            except PlanConflict:
+                continue
+            return task
+        return TASKS[0]
+
     def plan(self, *partners: str, alone: bool = False) -> Plan:
         """The plan of this technique and its partners, or of the partners alone. :raises OptkitError: where there is none."""
         chosen = [] if alone else [Choice(self.name, self.options)]
         chosen += [Choice(name, (self.partners or {}).get(name, {})) for name in partners]
-        return make_plan(self.registry, self.machine, "generate", chosen)
+        return make_plan(self.registry, self.machine, self.task, chosen)
 
     def source(self, kind: str) -> ModelSource:
         """A tiny model's folder: loading goes the way of a run."""
@@ -104,7 +120,7 @@ class Subject:
         return self._known[key]
 
     def carry_out(self, plan: Plan, source: ModelSource, watch: Any = (), *, prove: bool = True) -> Outcome:
-        """Load, transform, build, batch, generate, score; to ``prove``, generate again, profile and ask for facts.
+        """Load, transform, build, batch, generate (in that task) and score; to ``prove``, do it again, profile and ask for facts.
 
         The technique's errors come through.
         """
@@ -124,13 +140,14 @@ class Subject:
             samples = [Sample(id=str(number), prompt="word " * (number + 1), answer="end") for number in range(6)]
             session.encode(samples)
             session.batches(samples)
-            tokens = session.engine.generate(rows, new_tokens=NEW_TOKENS, exact=True)
-            scores = None if session.engine.cannot_score else session.engine.score(rows, [1] * len(rows))
+            engine = session.engine
+            tokens = _generated(engine, rows) if plan.task == "generate" else None
+            scores = None if tokens is not None and engine.cannot_score else _scored(engine, rows)
             if not prove:
                 return Outcome(session, tokens, scores)
-            again = session.engine.generate(rows, new_tokens=NEW_TOKENS, exact=True)
+            again = _scored(engine, rows) if tokens is None else _generated(engine, rows)
             with torch.profiler.profile() as seen:
-                session.engine.generate(rows[:1], new_tokens=2, exact=True)
+                _scored(engine, rows[:1]) if tokens is None else _generated(engine, rows[:1], 2)
             session.share(kernels={event.key: event.count for event in seen.key_averages()})
             return Outcome(session, tokens, scores, again, session.facts())
 
@@ -140,3 +157,11 @@ class Subject:
                 known.session.close()
         self._known.clear()
         self._folder.cleanup()
+
+
+def _generated(engine: Engine, rows: list[list[int]], new_tokens: int = NEW_TOKENS) -> list[list[int]]:
+    return engine.generate(rows, new_tokens=new_tokens, exact=True)
+
+
+def _scored(engine: Engine, rows: list[list[int]]) -> list[torch.Tensor]:
+    return engine.score(rows, [1] * len(rows))

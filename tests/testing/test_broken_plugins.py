@@ -97,9 +97,10 @@ def test_disabling_one_distribution_settles_a_quarrel_about_a_name(crowd):
     assert row["status"] == "ready" and row["distribution"] == "optkit-fine"
 
 
-def test_entry_points_that_are_no_text_are_skipped(optkit_run):
+@pytest.mark.parametrize("content", [b"\xff\xfe\0[", b"[optkit.techniques]\nno assignment\n"])
+def test_entry_points_that_cannot_be_read_are_skipped(optkit_run, content):
     """pydantic reads every distribution's entry points as well, and would end there: it is told not to."""
-    entry_points(optkit_run.site, "binary", b"\xff\xfe\0[")
+    entry_points(optkit_run.site, "binary", content)
     optkit_run.plugin("good", plugin("good"))
     done = optkit_run("list-plugins", env={"PYDANTIC_DISABLE_PLUGINS": "__all__"})
     assert "binary-1.0.dist-info" in done.stdout and "optkit-good" in done.stdout

@@ -46,6 +46,18 @@ class Stale(Engine):
 @hookimpl
 def wrap_engine(engine): return Stale(engine)
 """
+#: Engines of the task ``score``: one that remembers, one whose two answers speak of different models, one that leaves out a token.
+SCORED = """
+from optkit import TransformersEngine
+class Own(TransformersEngine):
+    calls = 0
+    def score(self, sequences, starts):
+        self.calls += 1
+        return [row %s for row in super().score(sequences, starts)]
+@hookimpl
+def build_engine(model, trial): return Own(model, trial)
+"""
+SCORES = {"stage": "'engine'", "roles": "{'engine'}", "tasks": "{'score'}", "adds": "set()"}
 OPTIONS = "from optkit import Options\nclass O(Options): x: int = 1\n"
 SLOW = "import time\nend = time.process_time() + 0.2\nwhile time.process_time() < end: pass\n"
 REFUSES = ("from optkit import UsageError", "raise UsageError('no room')")
@@ -73,6 +85,10 @@ FAULTS = {
     "not finite": (well(transform("model.lm_head.weight.data.fill_(float('nan'))")), "runs[llama]", "not finite"),
     "not repeatable": (well(transform(*RANDOM)), "runs[llama]", "two runs with one seed differ"),
     "something left behind": (well(STALE), "runs[llama]", "asked for the same texts twice"),
+    "something left behind in scores": (well(SCORED % "- self.calls", **SCORES), "runs[llama]", "asked for the same scores twice"),
+    "two distributions": (well(SCORED % "- 1", **SCORES), "runs[llama]", "score and log_probs speak of different distributions"),
+    "a token not scored": (well(SCORED % "[1:]", **SCORES), "runs[llama]", "scores of [4, 11, 2, 8] tokens were asked for"),
+    "texts not given": (well(STALE.replace("row]", "row][:0]")), "runs[llama]", "it gave [0, 0, 0, 0]"),
     "not declared lossy": (well(lossy="False"), "runs[llama]", "not declared lossy"),
     "raises": (well(transform("raise KeyError('q_proj')")), "runs[llama]", "KeyError"),
     "refuses": (well(transform(*REFUSES)), "runs[gpt2]", "it refuses a gpt2 model: no room"),
