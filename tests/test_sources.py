@@ -21,10 +21,12 @@ def model_folder(tmp_path, monkeypatch):
     return folder
 
 
-def test_sources_by_kind(model_folder):
+def test_sources_by_kind(model_folder, monkeypatch):
     assert model_source(None).location == str(bundled_folder())
     assert model_source(str(model_folder)).kind == "folder"
     assert model_source(f"random:{model_folder / 'config.json'}").name == "random:model"
+    monkeypatch.chdir(model_folder)
+    assert model_source("random:config.json").name == "random:model"
     assert model_source("some/model").kind == "hub"
     assert model_source(str(model_folder), shrink=True).shrink
 
