@@ -30,10 +30,10 @@ OPTIONS = {
     "offload": {"offload.layers": 1},
     "batching": {"batching.kind": "length"},
 }
-DECODE = [["nf4"], ["compile"], ["int8", "compile"], ["nf4", "compile"]]
+DECODE = [["flash"], ["compile"], ["nf4"], ["flash", "compile", "nf4"]]
 
 
-def decode(batch: int, prompt: int = 128, new_tokens: int = 128, plans: list[list[str]] = DECODE) -> dict[str, Any]:
+def decode(batch: int, prompt: int = 128, new_tokens: int = 64, plans: list[list[str]] = DECODE) -> dict[str, Any]:
     return {
         "samples": f"random:{batch}x{prompt}", "plans": plans, "task": "generate",
         "set": {"generate.max_new_tokens": new_tokens, "batch.size": batch},

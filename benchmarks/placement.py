@@ -177,8 +177,8 @@ def accelerates(bench: Bench, facts: dict[str, Any], bus: float, rows: list[list
 # ---------------------------------------------------------------- parallel
 
 
-def parallel(bench: Bench, devices: str, arms: list[str], per_device: int, tokens: int) -> None:
-    """Each arm: generation, scoring, and one prompt alone. A batch holds ``per_device`` rows for each device that shares rows out."""
+def parallel(bench: Bench, devices: str, arms: list[str], per_device: int, tokens: int, what: list[str]) -> None:
+    """Each arm: one prompt alone, generation and scoring, as far as they are in ``what``. A batch holds ``per_device`` rows for each device that shares rows out."""
     count = len(devices.split(",")) if devices else bench.machine.count
     chosen = {"devices": devices} if devices else {}
     rows = {"generate": bench.prompts(per_device * count, 128), "score": bench.prompts(per_device * count, 512)}
@@ -189,15 +189,17 @@ def parallel(bench: Bench, devices: str, arms: list[str], per_device: int, token
         options: dict[str, dict[str, Any]] = {"compile": {}} if compiled else {}
         if mode in ("replicas", "layers", "tensor"):
             options["parallel"] = {"mode": mode, **chosen}
-        started = time.perf_counter()
+        started, session = time.perf_counter(), None
         try:
             session = bench.session(options)
             print(f"{arm}: ready after {time.perf_counter() - started:.1f} s", flush=True)
             size = per_device * count if mode == "replicas" else per_device
-            found = measure(bench, arm, session, rows, size, tokens)
+            found = measure(bench, arm, session, rows, size, tokens, what)
         except Exception as error:  # one arm's fault must not cost the others on a machine that is lent by the minute
             print(f"{arm}: {type(error).__name__}: {error}", flush=True)
             bench.rows.append({"arm": arm, "error": f"{type(error).__name__}: {error}"})
+            if session is not None:
+                session.close()
             continue
         first = first or found
         gains = {name: round(value / first[name], 3) for name, value in found.items()}
@@ -213,7 +215,9 @@ def parallel(bench: Bench, devices: str, arms: list[str], per_device: int, token
         forget()
 
 
-def measure(bench: Bench, arm: str, session: Session, rows: dict[str, list[list[int]]], size: int, tokens: int) -> dict[str, float]:
+def measure(
+    bench: Bench, arm: str, session: Session, rows: dict[str, list[list[int]]], size: int, tokens: int, what: list[str]
+) -> dict[str, float]:
     engine, found = session.engine, {}
 
     def generate() -> None:
@@ -225,13 +229,21 @@ def measure(bench: Bench, arm: str, session: Session, rows: dict[str, list[list[
             part = rows["score"][at : at + size]
             sum(float(one.sum()) for one in engine.score(part, [1] * len(part)))
 
+    def one(new_tokens: int) -> list[float]:
+        return bench.seconds(lambda: engine.generate(rows["generate"][:1], new_tokens=new_tokens, exact=True))
+
     made, read = len(rows["generate"]) * tokens, sum(map(len, rows["score"]))
-    found["generate"] = bench.row(
-        f"generate {len(rows['generate'])}x128+{tokens}", arm, "tok/s", [made / value for value in bench.seconds(generate)]
-    )
-    found["score"] = bench.row(f"score {len(rows['score'])}x512", arm, "tok/s", [read / value for value in bench.seconds(score)])
-    alone = bench.seconds(lambda: engine.generate(rows["generate"][:1], new_tokens=tokens, exact=True))
-    found["one prompt"] = bench.row(f"generate 1x128+{tokens}", arm, "tok/s", [tokens / value for value in alone])
+    if "one" in what:
+        one(tokens)  # a compiled engine records its prompts in the second call
+        alone, first = one(tokens), sorted(one(1))
+        found["one prompt"] = bench.row(f"generate 1x128+{tokens}", arm, "tok/s", [tokens / value for value in alone])
+        bench.row("a step of one prompt", arm, "ms", [1e3 * (value - first[len(first) // 2]) / (tokens - 1) for value in alone])
+    if "generate" in what:
+        found["generate"] = bench.row(
+            f"generate {len(rows['generate'])}x128+{tokens}", arm, "tok/s", [made / value for value in bench.seconds(generate)]
+        )
+    if "score" in what:
+        found["score"] = bench.row(f"score {len(rows['score'])}x512", arm, "tok/s", [read / value for value in bench.seconds(score)])
     return found
 
 
@@ -255,6 +267,7 @@ def main() -> None:
     parser.add_argument("--devices", default="", help="parallel: such as cuda:0,cuda:1; default all")
     parser.add_argument("--arms", default="plain,replicas,tensor,layers", help="parallel: with compile+ in front for the compiled loop")
     parser.add_argument("--rows", type=int, default=32, help="parallel: rows a device")
+    parser.add_argument("--measure", default="one,generate,score", help="parallel: one prompt, batches of prompts, scores")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as folder:
@@ -263,7 +276,9 @@ def main() -> None:
             if arguments.case == "offload":
                 offload(bench, arguments.memory, arguments.tokens, [int(size) for size in arguments.batches.split(",")])
             else:
-                parallel(bench, arguments.devices, arguments.arms.split(","), arguments.rows, arguments.tokens)
+                parallel(
+                    bench, arguments.devices, arguments.arms.split(","), arguments.rows, arguments.tokens, arguments.measure.split(",")
+                )
         finally:  # what was measured before a fault is kept
             packages = ("torch", "transformers", "accelerate")
             versions = {"python": platform.python_version()} | {name: version(name) for name in packages}

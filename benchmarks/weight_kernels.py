@@ -26,11 +26,13 @@ import torch
 from optkit_plugins.kernels import weight_only_formats as formats
 from optkit_plugins.kernels.fused_projections import fuse_projections
 from optkit_plugins.kernels.weight_only import WeightOnlyLinear
-from optkit_plugins.kernels.weight_only_launch import MANY, Variant, choose, expand, product
+from optkit_plugins.kernels.weight_only_launch import Fused, product
+from optkit_plugins.kernels.weight_only_variants import MANY, Few, Row, Wide, choose
+from optkit_plugins.kernels.weight_only_whole import expand, plain_expand
 
 SHAPES = {"gate_up": (28672, 4096), "down": (4096, 14336), "qkv": (6144, 4096), "o": (4096, 4096), "head": (128256, 4096)}
-BATCHES = (1, 4, 8, 16, 32, 48, 64)
-MANY_BATCHES = (65, 512, 2048)
+BATCHES = (1, 4, 8, 16, 32, 48, 64, 128, 256)
+MANY_BATCHES = (257, 512, 2048)
 FORMATS = (("nf4", 64), ("int4", 64), ("int4", 128), ("int8", 0))
 ROTATED_BYTES = 300_000_000
 
@@ -47,30 +49,21 @@ def random_packed(format: str, shape: tuple[int, int], group: int, scale_dtype: 
     return formats.Packed(format, shape, group, words, scales.to(torch.float32 if format == "int8" else scale_dtype), codes)
 
 
-def candidates(format: str, batch: int, row_tiles: int, blocks: int) -> list[Variant]:
-    """Variants worth a try: (column warps, row warps, row tiles, column tiles, steps ahead[, slots, splits])."""
-    many = row_tiles >= MANY
+def candidates(format: str, batch: int, row_tiles: int, blocks: int) -> list[Row | Few | Wide]:
+    """Variants worth a try."""
+    if batch == 1:
+        cuts = [(8, 1, 8), (4, 1, 8), (2, 2, 8), (1, 4, 8), (8, 1, 4), (4, 1, 4), (2, 2, 4), (4, 2, 8)]
+        return [Row(*cut) for cut in cuts if cut[0] * cut[2] <= blocks]
     if batch > 16:
-        cuts = [(1, 4, 2, 1, 1, 4, 1), (1, 4, 2, 1, 2, 4, 1), (1, 4, 1, 1, 1, 4, 1), (2, 4, 2, 1, 1, 2, 1)]
-        few = [(1, 4, 1, 1, ahead, 4, splits) for ahead in (1, 2) for splits in (4, 8)] + [(1, 4, 2, 1, 1, 4, 8), (2, 4, 1, 1, 1, 2, 4)]
-        return [Variant(False, *cut) for cut in (cuts if many else few)]
-    if batch > 8:
-        cuts = [(2, 2, 2, 2, 0), (2, 2, 2, 2, 1), (2, 2, 1, 2, 1)] if many else [(4, 1, 1, 4, 1), (4, 1, 1, 4, 0), (4, 1, 1, 2, 2)]
-    elif many:
-        cuts = [(2, 2, 2, 4, 0), (2, 2, 1, 4, 1), (2, 2, 2, 2, 1), (4, 1, 2, 8, 0), (4, 1, 1, 4, 1), (4, 1, 1, 2, 1), (1, 4, 2, 2, 1)]
-    else:
-        cuts = [(4, 1, 1, 8, 0), (4, 1, 1, 8, 1), (4, 1, 1, 4, 1), (8, 1, 1, 4, 1)]
-    return [
-        Variant(pairs, *cut) for cut in cuts for pairs in ((True, False) if format in formats.TABLES else (False,)) if fits(format, cut)
-    ]
+        tokens = 32 if batch <= 32 else 64
+        splits = (1, 2) if row_tiles >= MANY else (4, 8)
+        return [Wide(tiles, tokens, 4, warps, split) for tiles, warps in ((4, 4), (8, 4), (8, 8), (16, 8)) for split in splits]
+    cuts = [(4, 1, 1, 4, 1), (4, 1, 1, 2, 1), (2, 2, 2, 2, 1), (2, 2, 1, 4, 1), (1, 4, 2, 2, 1), (2, 2, 2, 2, 0), (4, 1, 1, 8, 0)]
+    tables = (True, False) if format in formats.TABLES else (False,)
+    return [Few(pairs, *cut) for cut in cuts for pairs in tables]
 
 
-def fits(format: str, cut: tuple[int, ...]) -> bool:
-    """Whether the loads of a step fit into registers: eight tiles of 4 bits, or four of 8."""
-    return cut[2] * cut[3] <= (4 if format == "int8" else 16)
-
-
-def cases(sweep: bool) -> Iterator[tuple[str, str, int, int, Variant]]:
+def cases(sweep: bool) -> Iterator[tuple[str, str, int, int, Row | Few | Wide]]:
     """(shape's name, format, group, batch, variant); the chosen variant of each batch comes first."""
     for name, (rows, columns) in SHAPES.items():
         for format, group in FORMATS:
@@ -83,7 +76,7 @@ def cases(sweep: bool) -> Iterator[tuple[str, str, int, int, Variant]]:
                             yield name, format, group, batch, variant
 
 
-def error_of(format: str, group: int, batch: int, variant: Variant | None, shape: tuple[int, int], **options: Any) -> float:
+def error_of(format: str, group: int, batch: int, variant: Row | Few | Wide | None, shape: tuple[int, int], **options: Any) -> float:
     """Relative error of the product with float64, fresh random numbers each time."""
     dtype = options.pop("dtype", torch.bfloat16)
     packed = random_packed(format, shape, group, **options)
@@ -109,11 +102,30 @@ def check(share: list[Any]) -> list[str]:
 def contract() -> Iterator[Any]:
     """What users may bring: odd row counts, both dtypes, wide scales, zeros, any batch."""
     for dtype in (torch.bfloat16, torch.float16):
-        for batch in (1, 5, 13, 27, 64):
+        for batch in (1, 5, 13, 27, 64, 100):
             for format in ("nf4", "fp4", "int8"):
                 yield format, 0 if format == "int8" else 64, batch, None, (200, 1088), {"dtype": dtype}
             yield "int4", 64, batch, None, (200, 1088), {"dtype": dtype, "zeros": True, "scale_dtype": dtype}
             yield "nf4", 64, batch, None, (4096, 2048), {"dtype": dtype, "scale_dtype": torch.float32}
+
+
+def check_fused() -> list[str]:
+    """Products of one activation with a norm, a bias, a gate and a residual in them, beside float64."""
+    failures = []
+    for format in formats.FORMATS:
+        for columns, gated in ((1088, False), (4096, True), (14336, False)):
+            packed = random_packed(format, (544, columns), 0 if format == "int8" else 64, zeros=format == "int4" and gated)
+            x, norm = torch.randn(1, columns, device="cuda", dtype=torch.bfloat16) * 3, torch.rand(columns, device="cuda").bfloat16() + 0.5
+            bias, residual = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for size in (544, 272 if gated else 544))
+            wide = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.double()
+            exact = wide @ formats.dequantize(packed, torch.float64).double().T + bias.double()
+            if gated:
+                exact = torch.nn.functional.silu(exact[:, :272]) * exact[:, 272:]
+            got = product(x, packed, bias, fused=Fused(norm, 1e-5, residual, gated)).double()
+            error = ((got - exact - residual.double()).norm() / exact.norm()).item()
+            if not error < 8e-3:
+                failures.append(f"{format} fused, {columns} columns, gated {gated}: error {error}")
+    return failures
 
 
 def check_layer() -> list[str]:
@@ -123,7 +135,7 @@ def check_layer() -> list[str]:
     for format in formats.FORMATS:
         layer = WeightOnlyLinear.from_linear(linear, format)
         weight = layer.dequantize(torch.float64)
-        plain = expand(layer.packed, torch.float32)
+        plain = plain_expand(layer.packed, torch.float32)
         if not torch.allclose(plain.double(), weight, rtol=1e-5, atol=1e-9):
             failures.append(f"{format}: expanded weight differs")
         compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
@@ -135,7 +147,7 @@ def check_layer() -> list[str]:
             error = ((got.double() - exact).norm() / exact.norm()).item()
             if not error < 6e-3:
                 failures.append(f"{format} compiled, batch {batch}: error {error}")
-    return failures + check_projections()
+    return failures + check_fused() + check_projections()
 
 
 class GateAndUp(torch.nn.Module):
@@ -245,7 +257,7 @@ def measure(sweep: bool, seconds: float) -> list[dict[str, Any]]:
         for format, group in FORMATS:
             one = random_packed(format, shape, group).stored_bytes
             weights = [random_packed(format, shape, group) for _ in range(max(2, -(-ROTATED_BYTES // one)))]
-            tried: set[tuple[int, Variant]] = set()
+            tried: set[tuple[int, Row | Few | Wide]] = set()
             for _, _, _, batch, variant in (case for case in plan if case[:3] == (name, format, group)):
                 if time.monotonic() - begin > seconds and batch in {b for b, _ in tried}:
                     continue

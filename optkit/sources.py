@@ -78,7 +78,8 @@ def model_source(text: str | None, *, shrink: bool = False) -> ModelSource:
         if not path.is_file():
             raise UsageError(f"{quoted(str(path))} is not a file; random: takes a model's config.json")
         check_config(path)
-        return ModelSource(f"random:{path.stem if path.stem != 'config' else path.resolve().parent.name}", "random", str(path.resolve()), shrink)
+        name = path.stem if path.stem != "config" else path.resolve().parent.name
+        return ModelSource(f"random:{name}", "random", str(path.resolve()), shrink)
     path = user_path(text)
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Backend = Literal["inductor", "aot_eager", "cudagraphs", "eager"]
 Mode = Literal["auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
-Products = Literal["auto", "library", "matvec", "inductor"]
+Products = Literal["auto", "library", "matvec", "fused", "inductor"]
 
 
 class CompileOptions(Options):
@@ -35,8 +35,18 @@ class CompileOptions(Options):
     mode: Mode = Field("auto", description="inductor's mode; auto is reduce-overhead (CUDA graphs) on a GPU and default on a CPU")
     fullgraph: bool = Field(True, description="an error instead of a graph break")
     fuse: bool = Field(True, description="on a GPU, one product for layers that read the same input: query, key, value; gate and up")
-    products: Products = Field("auto", description="on a GPU, what multiplies a single row: cuBLAS, a kernel of ours, or inductor's")
+    products: Products = Field(
+        "auto", description="on a GPU, what multiplies a single row: cuBLAS, a kernel of ours, that with norms and more, or inductor's"
+    )
     score: bool | None = Field(None, description="compile the scoring pass too; by default in the task 'score' only")
+    steps: Literal["auto", "whole", "layers"] = Field(
+        "auto", description="a step as one graph a shape (whole), or a layer at a time for all shapes (layers: several rows on a GPU)"
+    )
+    prompts: bool | None = Field(None, description="read prompts with compiled layers too; by default on a GPU")
+
+
+#: What the proof takes over from the engine.
+ENGINE_FACTS = ("attention", "fused", "replay", "recorded_steps", "recorded_prompts", "not_recorded", "not_compiled")
 
 
 technique = Technique(
@@ -100,23 +110,24 @@ def compile_arguments(options: CompileOptions, device: str) -> dict[str, Any]:
 
 
 def products(options: CompileOptions, device: str) -> str:
-    """What multiplies single rows: on a GPU our kernel, unless inductor is to tune everything itself."""
+    """What multiplies single rows: on a GPU our kernels, unless inductor is to tune everything itself."""
     if device != "cuda":
         return "library"
-    return options.products if options.products != "auto" else "library" if options.mode.startswith("max-autotune") else "matvec"
+    return options.products if options.products != "auto" else "library" if options.mode.startswith("max-autotune") else "fused"
 
 
 @hookimpl
 def build_engine(model: PreTrainedModel, trial: TrialContext) -> Engine:
     from optkit_plugins.kernels.compiled_engine import CompiledEngine
     from optkit_plugins.kernels.drafting_engine import DraftingEngine
+    from optkit_plugins.kernels.fused_graph import with_products
     from optkit_plugins.kernels.ragged_engine import RaggedEngine
 
     options = trial.options
     assert isinstance(options, CompileOptions)
     score = trial.task == "score" if options.score is None else options.score
     trial.notes["fused"] = fuse(model) if options.fuse and trial.device == "cuda" else {"groups_fused": 0}
-    arguments, settings = compile_arguments(options, trial.device), trial.settings
+    arguments, settings = with_products(compile_arguments(options, trial.device), products(options, trial.device)), trial.settings
     slots, drafts = settings["generate.slots"], settings["generate.prompt_lookup_tokens"]
     if slots and drafts:
         raise UsageError("generate.slots and generate.prompt_lookup_tokens are not read together; leave one of them out")
@@ -127,6 +138,9 @@ def build_engine(model: PreTrainedModel, trial: TrialContext) -> Engine:
         engine = DraftingEngine(model, trial, arguments, score=score, drafts=drafts, ngram=settings["generate.prompt_lookup_ngram"])
     else:
         engine = CompiledEngine(model, trial, arguments, score=score)
+    engine.steps = options.steps
+    if options.prompts is not None:
+        engine.compile_prompts = options.prompts
     trial.notes["engine"] = engine
     return engine
 
@@ -146,7 +160,8 @@ def prove_effect(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
     fused = trial.notes["fused"]["groups_fused"]
     used = [", ".join(tally.buckets) or "unused", f"attention: {facts['attention']}"]
     used += [f"{counted(fused, 'group')} of projections joined"] if fused else []
-    used += [facts["replay"]] + [f"not recorded: {problem}" for problem in facts["not_recorded"]]
+    used += [f"fused in a step: {', '.join(f'{number} {what}' for what, number in facts['fused'].items())}"] if facts["fused"] else []
+    used += [facts["replay"], *facts["not_compiled"]] + [f"not recorded: {problem}" for problem in facts["not_recorded"]]
     return {
         "graphs": tally.graphs,
         "graph_breaks": tally.graph_breaks,
@@ -154,7 +169,7 @@ def prove_effect(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
         "buckets": list(tally.buckets),
         "cuda_graphs": facts["cuda_graphs"],
         "fused_groups": fused,
-        **{name: facts[name] for name in ("attention", "replay", "recorded_steps", "recorded_prompts", "not_recorded")},
+        **{name: facts[name] for name in ENGINE_FACTS},
         "summary": f"{counted(tally.graphs, 'graph')}, {counted(tally.graph_breaks, 'break')}, {counted(tally.recompiles, 'recompile')}: "
         + "; ".join(used),
     }

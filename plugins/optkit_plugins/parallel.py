@@ -2,8 +2,9 @@
 
 ``replicas``: each device holds the model and takes its rows of every batch: near-linear where a batch has rows for all, nothing for a
 single prompt. ``layers``: each device holds some of the layers, one after another: for a model that does not fit one GPU.
-``tensor``: each device holds a slice of every layer (the model's own plan in transformers) and they add their parts up twice a layer
-(Megatron-LM, Shoeybi et al. 2019): for scoring and long prompts; decoding waits for Python and the exchange. Not for one GPU.
+``tensor``: each device holds a slice of every layer (as the model's own plan in transformers says) and they add their parts up twice a
+layer (Megatron-LM, Shoeybi et al. 2019): every prompt gets faster, where the step is compiled; else decoding waits for Python. Not for
+one GPU.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from optkit import Claims, Engine, Limit, Machine, Options, Setting, Settings, Technique, UnavailableError, UsageError, hookimpl
+from optkit import Claims, Engine, Machine, Options, Setting, Settings, Technique, UnavailableError, UsageError, hookimpl
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from optkit import TrialContext
@@ -50,22 +50,17 @@ def devices_of(options: ParallelOptions, machine: Machine) -> list[str]:
 def configure(options: ParallelOptions, machine: Machine) -> Claims:
     devices = devices_of(options, machine)
     problem = what_is_wrong(devices, machine, options)
-    settings, limits, adds = [], [], set()
+    settings, adds = [], set()
     if options.mode == "replicas":
         size = len(devices) * Settings({})["batch.size"]
         settings.append(Setting(name="batch.size", value=size, because=f"rows of a batch are shared out over {len(devices)} devices"))
-    else:
-        adds.add("python-in-forward")
     if options.mode == "layers":
+        adds.add("python-in-forward")
         settings.append(
             Setting(name="load.device_map", value="cpu", because="the whole model need not fit one GPU: layers are spread later")
         )
-    if options.mode == "tensor":
-        why = "every process must take the same token, and each draws its own"
-        limits.append(Limit(name="generate.do_sample", allowed=(False,), because=why))
     return Claims(
         settings=tuple(settings),
-        limits=tuple(limits),
         adds=frozenset(adds),
         refuses=frozenset({"weights-quantized"}) if options.mode == "tensor" else frozenset(),
         notes=(f"{TITLES[options.mode]}: {', '.join(devices)}",),
@@ -101,7 +96,7 @@ def transform_model(model: PreTrainedModel, trial: TrialContext) -> PreTrainedMo
     assert isinstance(options, ParallelOptions)
     devices = devices_of(options, trial.machine)
     if options.mode == "layers":
-        trial.notes["parallel"] = {"devices": spread(model, devices)}
+        trial.notes["parallel"] = {"devices": spread_layers(model, devices)}
         return None
     if options.mode == "tensor":
         return slice_up(model, trial, devices)
@@ -113,23 +108,43 @@ def transform_model(model: PreTrainedModel, trial: TrialContext) -> PreTrainedMo
     return None
 
 
+def spread_layers(model: PreTrainedModel, devices: list[str]) -> list[str]:
+    """:return: the devices used. :raises UnavailableError: for a model that is no stack of layers."""
+    from optkit_plugins.kernels.parallel_layers import spread
+
+    try:
+        return spread(model, devices)
+    except ValueError as error:
+        raise UnavailableError(f"{error} that could be spread; set parallel.mode=replicas") from None
+
+
 def slice_up(model: PreTrainedModel, trial: TrialContext, devices: list[str]) -> PreTrainedModel:
     """This process's slices of the model; each other device's process takes its own."""
     from optkit_plugins.kernels.parallel_tensor import sharder
-    from optkit_plugins.kernels.parallel_workers import Worker
+    from optkit_plugins.kernels.parallel_workers import Worker, joined_already, leave
 
     check_sliceable(model, len(devices))
+    if joined_already():
+        raise UnavailableError("this process is in a group of processes already: close the other engine of parallel.mode=tensor first")
     meeting, world = trial.folder / "meeting", len(devices)
     meeting.unlink(missing_ok=True)
-    workers = [
-        Worker(model, device, seed=trial.seed, prepare=sharder(meeting, device, rank, world)) for rank, device in enumerate(devices[1:], 1)
-    ]
-    trial.notes["parallel"] = {"devices": devices, "workers": workers}
-    return sharder(meeting, devices[0], 0, world)(model)
+    notes = trial.notes["parallel"] = {"devices": devices, "workers": []}
+    try:
+        for rank, device in enumerate(devices[1:], 1):
+            notes["workers"].append(Worker(model, device, seed=trial.seed, prepare=sharder(meeting, device, rank, world)))
+        return sharder(meeting, devices[0], 0, world)(model)
+    except Exception:
+        leave()
+        for worker in notes["workers"]:
+            worker.close()
+        raise
 
 
 def check_sliceable(model: PreTrainedModel, count: int) -> None:
-    """:raises UnavailableError: for a model without a plan. :raises UsageError: where the plan's slices are not whole heads."""
+    """:raises UnavailableError: for a model without a plan, or with one that holds more than linear layers of a divisible size (experts,
+    say). :raises UsageError: where slices are not whole heads."""
+    from optkit_plugins.kernels.parallel_tensor import why_whole
+
     if not model.tp_plan:
         raise UnavailableError(
             f"transformers has no tensor parallel plan for {type(model).__name__}; set parallel.mode=replicas or parallel.mode=layers"
@@ -141,31 +156,9 @@ def check_sliceable(model: PreTrainedModel, count: int) -> None:
             f"{count} devices cannot share {heads[0]} query heads and {heads[1]} KV heads evenly; give a number of parallel.devices "
             "that divides both, or set parallel.mode=layers"
         )
-
-
-def spread(model: PreTrainedModel, devices: list[str]) -> list[str]:
-    """Put the layers on the devices, about equally many bytes on each (accelerate's balanced map). :return: the devices used."""
-    from accelerate import dispatch_model
-    from torch import device, nn
-
-    places = balanced(model, len(devices))
-    for name, at in places.items():
-        nn.Module.to(model.get_submodule(name), device(devices[at]))  # transformers' own refuses quantized models
-    dispatch_model(model, {name: devices[at] for name, at in places.items()}, force_hooks=True)
-    return [devices[at] for at in sorted(set(places.values()))]
-
-
-def balanced(model: nn.Module, count: int) -> dict[str, int]:
-    """Module -> index of the device that holds it, in the order in which they run; a decoder layer is never cut."""
-    from accelerate import infer_auto_device_map
-    from accelerate.utils import compute_module_sizes
-
-    whole: Any = getattr(model, "_no_split_modules", None) or []
-    sizes = compute_module_sizes(model)
-    largest = max(sizes[name] for name, module in model.named_modules() if type(module).__name__ in whole)
-    room = sizes[""] // count + largest
-    limits: Any = {at: room if at < count - 1 else 2 * sizes[""] for at in range(count)}
-    return infer_auto_device_map(model, max_memory=limits, no_split_module_classes=list(whole))  # type: ignore[return-value]
+    problem = why_whole(model, count)
+    if problem:
+        raise UnavailableError(f"{type(model).__name__} cannot be sliced: {problem}; set parallel.mode=replicas or parallel.mode=layers")
 
 
 # ---------------------------------------------------------------- the engine
@@ -190,10 +183,23 @@ def wrap_engine(engine: Engine, trial: TrialContext) -> Engine | None:
     for worker in notes["workers"]:
         worker.ask("build", portable(engine.trial))
     settle(notes["workers"])
+    release()
     if options.mode == "tensor":
         return Lockstep(engine, notes["workers"])
     notes["engine"] = Replicas(engine, notes["devices"][0], notes["workers"])
     return notes["engine"]
+
+
+def release() -> None:
+    """Free the memory of tensors that other processes have copied by now."""
+    import gc
+
+    import torch
+
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
 
 
 @hookimpl
@@ -210,7 +216,20 @@ def prove_effect(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
         served = sorted(notes["engine"].served)
         facts["served"] = [notes["devices"][at] for at in served]
         said += f"; {len(served)} of {len(notes['devices'])} answered rows"
+    if options.mode == "tensor":
+        facts |= tensor_facts(model)
+        said += f"; sums by {facts['exchange']}"
     return facts | {"summary": said}
+
+
+def tensor_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """The slices of this process, and how processes exchange what they have computed."""
+    from optkit_plugins.kernels.parallel_exchange import joined
+    from optkit_plugins.kernels.parallel_tensor import sliced
+
+    exchange = joined()
+    facts: dict[str, Any] = {**sliced(model), "exchange": exchange.form}
+    return facts | ({"not_direct": exchange.problem} if exchange.problem else {})
 
 
 @hookimpl

@@ -89,10 +89,11 @@ def test_the_kernels_compile_for_each_generation_of_gpu(capability):
     from optkit_plugins.kernels import decode_attention_triton as kernel
 
     element = "*fp16" if capability == 75 else "*bf16"
-    types = dict.fromkeys(("query", "keys", "values", "out"), element) | dict.fromkeys(("first", "last"), "*i64")
+    types = dict.fromkeys(("query", "keys", "values", "out", "new_keys", "new_values", "cos", "sin"), element)
+    types |= dict.fromkeys(("first", "last", "column_at"), "*i64")
     types |= {"sums": "*fp32", "stats": "*fp32", "counters": "*i32", "scale": "fp32"}
     constants = decoding.constants(groups=4, size=96, block=32, splits=16, window=0)
-    more = {"TILE": 16, "SOFTCAP": 0.0, "FUSED": True, "UPCAST": False, "SHARE": 1}
+    more = {"TILE": 16, "SOFTCAP": 0.0, "FUSED": True, "UPCAST": False, "SHARE": 1, "FRESH": True, "ROTARY": True}
     for function, values in ((kernel.split, constants | more), (kernel.combine, constants)):
         signature = {name: "constexpr" if name in values else types.get(name, "i32") for name in function.arg_names}
         places = {(function.arg_names.index(name),): value for name, value in values.items()}

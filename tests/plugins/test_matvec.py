@@ -13,20 +13,38 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from optkit_plugins.kernels import matvec as multiplying  # noqa: E402
-from optkit_plugins.kernels.matvec import MatvecPass, matvec, with_products  # noqa: E402
+from optkit_plugins.kernels.fused_graph import StepPass, with_products  # noqa: E402
+from optkit_plugins.kernels.matvec import MatvecPass, fused_matvec, matvec  # noqa: E402
 
 INTERPRETED = """
 import json, torch
 from optkit_plugins.kernels.matvec import launch
 
+CASES = [  # rows, columns, what is there, outputs a program
+    (24, 2048, "bias", 1), (7, 4096, "", 1), (5, 2048 + 72, "bias", 1), (9, 200, "", 1),
+    (7, 4096, "norm", 1), (10, 2048 + 72, "norm bias residual", 2), (10, 200, "residual", 1),
+    (12, 2048, "norm gated", 1), (16, 300, "norm bias residual gated", 2), (16, 256, "bias gated", 4),
+]
 errors = []
 generator = torch.Generator().manual_seed(0)
-for rows, columns, biased in ((24, 2048, True), (7, 4096, False), (5, 2048 + 72, True), (9, 200, False)):
-    x, whole = torch.randn(1, columns, generator=generator).half(), torch.randn(rows, columns + 8, generator=generator).half()
+for rows, columns, there, lines in CASES:
+    draw = lambda *shape: torch.randn(*shape, generator=generator).half()
+    x, whole, gated = draw(1, columns), draw(rows, columns + 8) / columns**0.5, "gated" in there
     weight = whole[:, :columns]  # rows further apart than they are long
-    bias = torch.randn(rows, generator=generator).half() if biased else None
-    expected = x.double() @ weight.double().T + (bias.double() if biased else 0)
-    errors.append(((launch(x, weight, bias).double() - expected).norm() / expected.norm()).item())
+    bias = draw(rows) if "bias" in there else None
+    norm = draw(columns) if "norm" in there else None
+    residual = draw(1, rows // 2 if gated else rows) if "residual" in there else None
+    expected = x.double()
+    if norm is not None:
+        expected = expected / (expected.square().mean() + 0.1).sqrt() * norm.double()
+    expected = expected @ weight.double().T + (bias.double() if bias is not None else 0)
+    if gated:
+        gate, up = expected[:, : rows // 2], expected[:, rows // 2 :]
+        expected = gate * gate.sigmoid() * up
+    if residual is not None:
+        expected = expected + residual.double()
+    out = launch(x, weight, bias, norm, 0.1, residual, gated, lines=lines)
+    errors.append(((out.double() - expected).norm() / expected.norm()).item())
 print(json.dumps(errors))
 """
 
@@ -37,7 +55,7 @@ def test_the_kernel_equals_float64():
     done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert len(errors) == 4
+    assert len(errors) == 10
     assert max(errors) < 1e-3, errors  # float16 rounds the result by up to 2 ** -11
 
 
@@ -49,11 +67,13 @@ def test_the_kernel_compiles_for_each_generation_of_gpu(capability):
 
     from optkit_plugins.kernels import matvec_triton as kernel
 
-    values = {"COLUMNS": 14336, "BLOCK": 2048, "BIAS": True}
-    signature = {name: "constexpr" if name in values else "*fp16" for name in kernel.matvec.arg_names} | {"stride": "i32"}
-    places = {(kernel.matvec.arg_names.index(name),): value for name, value in values.items()}
+    values = {"COLUMNS": 14336, "BLOCK": 2048, "LINES": 2, "EARLY": capability >= 90}
+    values |= dict.fromkeys(("NORM", "BIAS", "RESIDUAL", "GATED"), True)
+    names = kernel.product.arg_names
+    signature = {name: "constexpr" if name in values else "*fp16" for name in names} | {"stride": "i32", "outputs": "i32", "eps": "fp32"}
+    places = {(names.index(name),): value for name, value in values.items()}
     compiled = triton.compile(
-        ASTSource(kernel.matvec, signature, places), target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}
+        ASTSource(kernel.product, signature, places), target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}
     )
     assert compiled.asm["cubin"]
 
@@ -76,8 +96,7 @@ def test_the_pass_takes_products_of_one_row_in_16_bits(monkeypatch):
 
     monkeypatch.setattr(multiplying, "FEWEST_BYTES", 64 * 128 * 2 // 2)
     layers, chosen = Layers().bfloat16(), MatvecPass()
-    arguments = with_products({"backend": "inductor", "mode": None}, "matvec")
-    arguments["options"]["post_grad_custom_pre_pass"] = chosen
+    arguments = {"backend": "inductor", "options": {"post_grad_custom_pre_pass": chosen}}
     compiled = torch.compile(layers, fullgraph=True, dynamic=False, **arguments)
     one, two = torch.randn(1, 64).bfloat16(), torch.randn(2, 64).bfloat16()
     try:
@@ -97,6 +116,12 @@ def test_the_op_is_a_linear_layer():
     weight, bias, x = torch.randn(6, 8), torch.randn(6), torch.randn(1, 8)
     torch.testing.assert_close(matvec(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
     torch.library.opcheck(torch.ops.optkit.matvec.default, (x, weight, bias))
+    norm, residual = torch.rand(8), torch.randn(1, 3)
+    normal = torch.nn.functional.rms_norm(x, (8,), norm, 1e-5)
+    gate, up = torch.nn.functional.linear(normal, weight, bias).chunk(2, -1)
+    everything = (x, weight, bias, norm, 1e-5, residual, True)
+    torch.testing.assert_close(fused_matvec(*everything), torch.nn.functional.silu(gate) * up + residual)
+    torch.library.opcheck(torch.ops.optkit.fused_matvec.default, everything)
 
 
 def test_products_are_chosen_through_inductors_options():
@@ -105,6 +130,7 @@ def test_products_are_chosen_through_inductors_options():
     assert with_products({"backend": "eager"}, "matvec") == {"backend": "eager"}
     tuned = with_products(plain, "inductor")
     assert tuned == {"backend": "inductor", "fullgraph": True, "options": {"triton.cudagraphs": True, "coordinate_descent_tuning": True}}
-    ours = with_products(plain, "matvec")["options"]["post_grad_custom_pre_pass"]
-    assert isinstance(ours, MatvecPass)
-    assert ours.uuid() == MatvecPass().uuid()  # so that compiled graphs are found again in the compiler's cache
+    for products, kind in (("matvec", MatvecPass), ("fused", StepPass)):
+        ours = with_products(plain, products)["options"]["post_grad_custom_pre_pass"]
+        assert isinstance(ours, kind)
+        assert ours.uuid() == kind().uuid()  # so that compiled graphs are found again in the compiler's cache

@@ -12,7 +12,7 @@ import torch
 import optkit
 from optkit import Engine, Machine, OptkitError, UnavailableError, UsageError
 from optkit_plugins import parallel
-from optkit_plugins.kernels.parallel_engines import Replicas
+from optkit_plugins.kernels.parallel_engines import Lockstep, Replicas
 from optkit_plugins.kernels.parallel_workers import Worker, settle
 from tests.plugins.tiny import plain_greedy, ragged_prompts, tiny_model
 
@@ -116,9 +116,8 @@ def test_tensor_parallel_gives_the_plain_tokens_with_half_of_the_weights() -> No
     assert rows.shape == (len(PROMPTS[0]) - 1, 128)
     local = optimized.model.model.layers[0].mlp.up_proj.weight  # type: ignore[union-attr]
     assert local.shape == (64, 64) and local.untyped_storage().nbytes() == local.nbytes, "the other half is freed"
-    assert optimized.proof()["parallel"]["facts"] == {
-        "mode": "tensor", "devices": ["cpu", "cpu"], "summary": "a slice of every layer a device: cpu, cpu"
-    }  # fmt: skip
+    facts = optimized.proof()["parallel"]["facts"]
+    assert facts["devices"] == ["cpu", "cpu"] and facts["summed_layers"] == 4 and facts["exchange"] == "gloo"
     with pytest.raises(UnavailableError, match="leave out parallel to save it"):
         parallel.save_model(trial=optimized._session.contexts["parallel"])
     optimized.close()
@@ -133,6 +132,15 @@ def test_models_that_cannot_be_sliced_are_refused() -> None:
     with pytest.raises(UsageError, match="4 devices cannot share 4 query heads and 2 KV heads"):
         parallel.check_sliceable(model, 4)
     parallel.check_sliceable(model, 2)
+
+
+def test_a_worker_that_cannot_be_started_leaves_none_behind(make_trial: Any) -> None:
+    trial = make_trial("parallel", parallel.ParallelOptions(mode="tensor", devices="cpu,cpu"), machine=machine())
+    model, _ = tiny_model("llama")
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(UnavailableError, match="cannot be sent to the process of cpu"):
+        parallel.transform_model(model=model, trial=trial)
+    assert trial.notes["parallel"]["workers"] == []
 
 
 def test_a_model_without_a_pickled_form_is_refused() -> None:
@@ -168,17 +176,6 @@ def test_engines_of_other_runtimes_are_refused(make_trial: Any) -> None:
         parallel.wrap_engine(Engine(), trial)
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_layers_are_spread_evenly_and_in_order(count: int) -> None:
-    model, _ = tiny_model("llama", num_hidden_layers=12)
-    places = parallel.balanced(model, count)
-    layers = [next(at for name, at in places.items() if f"layers.{layer}." in f"{name}.") for layer in range(12)]
-    assert layers == sorted(layers) and set(layers) == set(range(count))
-    assert max(layers.count(at) for at in range(count)) <= 12 / count + 1
-    held = {name for name, _ in model.named_parameters() if any(f"{name}.".startswith(f"{place}.") for place in places)}
-    assert held == {name for name, _ in model.named_parameters()}
-
-
 def test_what_the_plan_is_told() -> None:
     def claims(device: str = "cuda", count: int = 2, **options: Any) -> Any:
         return parallel.configure(options=parallel.ParallelOptions(**options), machine=machine(device, count))
@@ -187,8 +184,7 @@ def test_what_the_plan_is_told() -> None:
     assert two.problem is None and {wish.name: wish.value for wish in two.settings} == {"batch.size": 16}
     assert "cuda:0, cuda:1" in two.notes[0] and not two.adds
     assert claims(mode="layers").settings[0].name == "load.device_map"
-    assert claims(mode="tensor").limits[0].name == "generate.do_sample"
-    assert claims(mode="tensor").adds == claims(mode="layers").adds == {"python-in-forward"}
+    assert claims(mode="layers").adds == {"python-in-forward"} and not claims(mode="tensor").adds
     assert claims(mode="tensor").refuses == {"weights-quantized"}
     assert "this machine has 1 GPU; leave out parallel" in claims(count=1).problem
     assert "computes on its CPU; leave out parallel" in claims("cpu", 1).problem
@@ -242,3 +238,28 @@ def test_rows_are_dealt_in_turn(make_trial: Any) -> None:
     assert engine.generate(rows, new_tokens=1) == rows
     assert [worker.rows for worker in workers] == [[[1], [4]], [[2], [5]]]
     assert engine.served == {0, 1, 2}
+
+
+def test_other_tokens_on_another_device_are_told() -> None:
+    class Inner(Engine):
+        trial = type("Trial", (), {"settings": optkit.Settings({})})
+
+        def generate(self, prompts: Any, *, new_tokens: int, exact: bool = False) -> list[list[int]]:
+            return [[3, 4]]
+
+    class Other(Fake):
+        tokens = [[3, 4]]
+
+        def ask(self, call: str, *_: Any) -> None:
+            self.asked = True
+
+        def answer(self) -> Any:
+            self.asked = False
+            return self.tokens
+
+    worker: Any = Other(False)
+    engine = Lockstep(Inner(), [worker])  # type: ignore[arg-type]
+    assert engine.generate([[1]], new_tokens=2) == [[3, 4]]
+    worker.tokens = [[3, 5]]
+    with pytest.raises(OptkitError, match="the worker on cuda:1 took other tokens"):
+        engine.generate([[1]], new_tokens=2)

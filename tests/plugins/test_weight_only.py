@@ -18,6 +18,7 @@ from optkit.modules import plain_tensors
 from optkit_plugins.kernels import weight_only_formats as formats
 from optkit_plugins.kernels.weight_only import FORMATS, WeightOnlyLinear, fuse, pack, weight_only_linear, why_not
 from optkit_plugins.kernels.weight_only_convert import from_grid, give_back, use_fused_kernels
+from optkit_plugins.kernels.weight_only_variants import choose
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_assembly_and_layout_give_the_product(kind: str, dtype: torch.dtype) -> 
     """One tile by eight activations, from the packed words to the sums, with the assembly that the GPU runs."""
     pytest.importorskip("triton")
     emulator = pytest.importorskip("tests.plugins.weight_only_emulator")
-    from optkit_plugins.kernels import weight_only_triton as kernel
+    from optkit_plugins.kernels import weight_only_assembly as kernel
 
     generator = torch.Generator().manual_seed(2)
     format, bfloat16 = kind.split("-")[0], dtype == torch.bfloat16
@@ -147,29 +148,30 @@ def test_tables_are_rounded_finely_enough(format: str) -> None:
         torch.testing.assert_close(bits, exact, rtol=bound, atol=0)
 
 
-def compiled(packed: formats.Packed, batch: int) -> object:
-    """The fused kernel for an H100, compiled without one, in the variant that would run."""
+def compiled(packed: formats.Packed, batch: int, **fused: Any) -> Any:
+    """The kernel for an H100, compiled without one, in the variant that would run."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     from optkit_plugins.kernels import weight_only_launch as launch
-    from optkit_plugins.kernels import weight_only_triton as kernel
 
     x = torch.zeros(batch, packed.shape[1], dtype=torch.bfloat16)
-    arguments, constants, warps = launch.arguments(x, packed, None, launch.choose(packed.format, batch, *packed.words.shape[:2]))
+    variant = choose(packed.format, batch, *packed.words.shape[:2], gated=fused.get("gated", False))
+    extra = launch.Fused(**fused)
+    call = launch.arguments(x, packed, None, variant, extra, launch._output(x, packed, variant, extra))
     types = {torch.int32: "*i32", torch.int16: "*i16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-    names = kernel.product.arg_names
+    values = [*call.tensors, *call.numbers]
     signature = {
         name: types[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
-        for name, value in zip(names, arguments, strict=False)
+        for name, value in zip(call.kernel.arg_names, values, strict=False)
     }
-    signature |= dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, value in enumerate(arguments) if isinstance(value, torch.Tensor)}
-    source = ASTSource(kernel.product, signature, constexprs=constants, attrs=aligned)
-    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    signature |= dict.fromkeys(call.constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(call.tensors))}
+    source = ASTSource(call.kernel, signature, constexprs=call.constants, attrs=aligned)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": call.warps, "num_stages": call.stages})
 
 
-@pytest.mark.parametrize(("format", "batch"), [("nf4", 1), ("int4", 9), ("nf4", 64), ("int8", 20)])
+@pytest.mark.parametrize(("format", "batch"), [("nf4", 1), ("int4", 1), ("int8", 1), ("nf4", 12), ("int4", 5), ("int8", 8)])
 def test_triton_lays_registers_out_as_the_assembly_needs(format: str, batch: int) -> None:
     pytest.importorskip("triton")
     from optkit_plugins.kernels import weight_only_launch as launch
@@ -178,11 +180,51 @@ def test_triton_lays_registers_out_as_the_assembly_needs(format: str, batch: int
     assert launch.one_row_a_thread(compiled(packed, batch))
 
 
+@pytest.mark.parametrize(("format", "batch"), [("nf4", 64), ("int4", 20), ("int8", 200)])
+def test_many_activations_are_multiplied_by_whole_warp_groups(format: str, batch: int) -> None:
+    pytest.importorskip("triton")
+    packed = pack(torch.randn(64, 4096, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16), format)
+    kernel = compiled(packed, batch)
+    assert "wgmma.mma_async" in kernel.asm["ptx"]
+    loop = kernel.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
+    assert "ttg.local_alloc" not in loop  # expanded weights stay in the registers of the thread that expanded them
+
+
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_launches_give_every_argument_its_place(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch is prepared once, and called with the tensors of the moment: as many arguments as the kernel has."""
+    pytest.importorskip("triton")
+    from optkit_plugins.kernels import weight_only_launch as launch
+
+    packed = pack(torch.randn(64, 256).to(torch.bfloat16), "int4")
+    x, calls = torch.zeros(batch, 256, dtype=torch.bfloat16), []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments: calls.append((grid, arguments))
+
+    monkeypatch.setattr(launch, "one_row_a_thread", lambda compiled: True)
+    monkeypatch.setattr(launch, "_launches", {})
+    monkeypatch.setattr(launch, "add_up", lambda parts, bias, dtype: parts[0].to(dtype))
+    variant = choose("int4", batch, *packed.words.shape[:2])
+    call = launch.arguments(x, packed, None, variant, launch.NOTHING, launch._output(x, packed, variant, launch.NOTHING))
+    monkeypatch.setattr(type(call.kernel), "warmup", lambda self, *arguments, **options: Compiled())
+    for _ in range(2):
+        assert launch.product(x, packed).shape == (batch, 64)
+    for grid, arguments in calls:
+        assert len(grid) == 3
+        named = dict(zip(call.kernel.arg_names, arguments, strict=True))
+        assert named["words"] is packed.words and named["rows"] == 64 and named["KIND"] == call.constants["KIND"]
+        assert {name: named[name] for name in call.constants} == call.constants
+    assert len(calls) == 2
+
+
 # The plain kernels, under Triton's interpreter ----------------------------------------------------------------------------------------
 
 INTERPRETED = """
 import json, torch
-from optkit_plugins.kernels import weight_only_formats as formats, weight_only_launch as launch
+from optkit_plugins.kernels import weight_only_formats as formats, weight_only_launch as launch, weight_only_whole as whole
+from optkit_plugins.kernels import weight_only_lookup as lookup, weight_only_wide_triton as wide
 
 errors = {}
 generator = torch.Generator().manual_seed(4)
@@ -191,24 +233,52 @@ for format in formats.FORMATS:
     packed = formats.pack(weight, format)
     exact = formats.dequantize(packed, torch.float64)
     expected = x.double() @ exact.T + bias.double()
-    errors[format + " expand"] = (launch.expand(packed, torch.float32).double() - exact).norm().item() / exact.norm().item()
-    errors[format + " product"] = (launch.plain_product(x, packed, bias).double() - expected).norm().item() / expected.norm().item()
+    errors[format + " expand"] = (whole.plain_expand(packed, torch.float32).double() - exact).norm().item() / exact.norm().item()
+    errors[format + " product"] = (whole.plain_product(x, packed, bias).double() - expected).norm().item() / expected.norm().item()
 parts = torch.randn(3, 2, 700, generator=generator)  # more than one program, and a rest
 for name, more in (("sum", None), ("sum and bias", torch.randn(700, generator=generator))):
     expected = parts.double().sum(0) + (0 if more is None else more.double())
     errors[name] = (launch.add_up(parts, more, torch.float32).double() - expected).norm().item() / expected.norm().item()
+def interpreted(call, packed):
+    # the wide kernels' arguments without assembly
+    tensors, numbers = list(call.tensors), list(call.numbers)
+    if packed.format in formats.TABLES:
+        tensors[4], numbers[-1] = lookup.values(packed.format, x.device), 1.0
+    return tensors, numbers, call.constants | {"ASSEMBLY": False, "STEPS": numbers[4]}
+
+x = torch.randn(5, 256, generator=generator).half()
+for format, group in (("nf4", 64), ("fp4", 128), ("int4", 128), ("int8", 256)):
+    packed = formats.pack(torch.randn(40, 256, generator=generator).half(), format, group)
+    exact = formats.dequantize(packed, torch.float64)
+    for splits in (1, 2):
+        variant = launch.Wide(row_tiles=2, tokens=16, stages=2, warps=4, splits=splits)
+        bias = torch.randn(40, generator=generator).half()
+        out = launch._output(x, packed, variant, launch.NOTHING)
+        call = launch.arguments(x, packed, bias, variant, launch.NOTHING, out)
+        tensors, numbers, constants = interpreted(call, packed)
+        call.kernel[call.grid](*tensors, *numbers, **constants)
+        got = out if splits == 1 else launch.add_up(out, bias, x.dtype)
+        expected = x.double() @ exact.T + bias.double()
+        errors[f"half {format} wide {splits}"] = (got.double() - expected).norm().item() / expected.norm().item()
+    weight = torch.empty(40, 256, dtype=torch.half)
+    words, scales, zeros, table = tensors[1:5]
+    rest = {name: constants[name] for name in ("KIND", "SCALE", "TILES_A_GROUP", "ZEROS", "ASSEMBLY", "EXPAND", "EXPAND_REGISTERS", "RT")}
+    wide.weight_only_expand[(2, 4)](words, scales, zeros, table, weight, 40, *packed.words.shape[:2], 1.0, **rest)
+    errors[f"half {format} wide expand"] = (weight.double() - exact).norm().item() / exact.norm().item()
 print(json.dumps(errors))
 """
 
 
-def test_plain_kernels_equal_float64() -> None:
+def test_kernels_without_assembly_equal_float64() -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert len(errors) == 2 * len(FORMATS) + 2
-    assert max(errors.values()) < 1e-6, errors
+    halves = {name: error for name, error in errors.items() if name.startswith("half")}
+    assert (len(errors), len(halves)) == (5 * len(FORMATS) + 2, 3 * len(FORMATS))
+    assert max(error for name, error in errors.items() if name not in halves) < 1e-6, errors
+    assert max(halves.values()) < 6e-4, errors
 
 
 # The layer ----------------------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ INSTRUCTIONS = {
     "xor.b32": lambda a, b: a ^ b,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
+    "lop3.b32": lambda a, b, c, table: (a & b) | c,  # the one table in use, 0xEA
     "shr.u32": lambda a, b: a >> b,
     "bfe.u32": lambda a, first, length: a >> first & ((U32(1) << length) - U32(1)),
     "mad.lo.u32": lambda a, b, c: a * b + c,

@@ -58,7 +58,8 @@ def by_spans(attend: Attention, counters: torch.Tensor) -> Attention:
             return attend(module, query, key, value, mask, **kwargs)
         scale = kwargs.get("scaling") or query.shape[3] ** -0.5
         rows, heads, length, size = query.shape
-        flat = query.transpose(1, 2).reshape(rows * length, heads, 1, size)  # queries of one row (a draft) share its keys
+        # queries of one row (a draft) share its keys
+        flat = query if length == 1 else query.transpose(1, 2).reshape(rows * length, heads, 1, size)
         return decode_attention(flat, key, value, first, last, scale=scale, counters=counters).view(rows, length, heads, -1), None
 
     return attention

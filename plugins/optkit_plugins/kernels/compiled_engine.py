@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import inspect
 import types
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._dynamo.utils import counters
 
 from optkit import TransformersEngine, UnavailableError
 from optkit.engine import pad_left, trim
 from optkit_plugins.kernels.attention import EngineAttention
+from optkit_plugins.kernels.compiled_layers import CompiledLayers, LayeredStep, PromptCache, allocate, own_copy
 from optkit_plugins.kernels.compiled_scoring import CompiledScorer
 from optkit_plugins.kernels.decode import EndWatch, Sampler, Slot, mask_windows
+from optkit_plugins.kernels.fused_product import CALLS
+from optkit_plugins.kernels.opaque_ops import make_known
 from optkit_plugins.kernels.recorded import Recorded, without_recording
+from optkit_plugins.kernels.tally import Tally
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,45 +39,23 @@ SPARE_ROWS, SPARE_COLUMNS = 4, 2
 RECORDED_TOKENS = 2048
 #: Columns of recorded prompts are rounded up to a multiple of this, so that few recordings serve all lengths.
 PROMPT_MULTIPLE = 32
+#: And those of prompts whose layers are compiled, which keeps kernels aligned.
+ALIGNED = 16
 #: transformers' processors without memory: a function of the scores alone, so that they may run inside the graph.
 STATELESS = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta", "TopH")
 
 
 @dataclass
-class Tally:
-    """What was compiled. A recompile is a graph that an already warm call needed again."""
-
-    graphs: int = 0
-    graph_breaks: int = 0
-    recompiles: int = 0
-    buckets: list[str] = field(default_factory=list)
-
-    def count(self, call: Callable[[], Any], name: str, *, first: bool) -> Any:
-        """Run ``call`` and note the graphs that it compiled. ``first``: they are expected, under ``name``."""
-        if first:
-            self.buckets.append(name)
-        graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-        try:
-            with warnings.catch_warnings():
-                # torch's own compiler imports modules that still use torch.jit; nothing that a user could change
-                warnings.filterwarnings("ignore", message=r".*torch\.jit\.", category=DeprecationWarning)
-                return call()
-        finally:
-            new = counters["stats"]["unique_graphs"] - graphs
-            self.graphs += new
-            self.graph_breaks += sum(counters["graph_break"].values()) - breaks
-            self.recompiles += 0 if first else new
-
-
-@dataclass
 class Bucket:
-    """One compiled step with its buffers; ``warm`` once it has run. ``reads``: recorded prompts by rows, columns and raggedness."""
+    """One compiled step with its buffers; ``warm`` once it has run. ``reads``: recorded prompts by rows, columns and raggedness. ``fused``: what
+    the kernels of a step do beside their own work, by kind."""
 
     name: str
     slot: Slot
     step: Callable[[], None]
     warm: bool = False
     reads: dict[tuple[int, int, bool], Recorded] = field(default_factory=dict)
+    fused: Counter[str] = field(default_factory=Counter)
 
 
 class CompiledEngine(TransformersEngine):
@@ -82,6 +63,8 @@ class CompiledEngine(TransformersEngine):
 
     :param arguments: of ``torch.compile``.
     :param score: compile the scoring pass too; else it runs as transformers does it.
+    :ivar compile_prompts: read prompts with compiled layers; by default on a GPU. :ivar steps: "whole" compiles a step as one graph a
+        bucket, "layers" a layer at a time and once for all buckets, "auto" the latter for several rows on a GPU.
     """
 
     name = "compiled"
@@ -91,11 +74,15 @@ class CompiledEngine(TransformersEngine):
         self.attention = EngineAttention(model)
         check_supported(model, self.attention)
         self.arguments, self.compile_score = arguments, score
+        if arguments.get("backend") == "inductor":
+            make_known()
         self.tally = Tally()
         self.slots: dict[tuple[int, int], Bucket] = {}
         self.samplers: dict[bool, tuple[Sampler, bool]] = {}
         self.forwards: dict[str, Callable[..., torch.Tensor]] = {}
         self.scorer: CompiledScorer | None = None
+        self.layers = CompiledLayers(model, arguments)
+        self.compile_prompts, self.steps = model.device.type == "cuda", "auto"
         self.step_arguments, self.records = without_recording(arguments) if model.device.type == "cuda" else (arguments, False)
         self.pool = torch.cuda.graph_pool_handle() if self.records else None
 
@@ -116,23 +103,36 @@ class CompiledEngine(TransformersEngine):
         return [trim(row, self.eos, exact) for row in texts]
 
     def _read(self, bucket: Bucket, rows: int, width: int, *, ragged: bool) -> None:
-        """The prompts' forward pass; a recorded one where the device would wait for the host."""
-        wide = min(-(-width // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, bucket.slot.columns)
-        read: Callable[[], None] = partial(bucket.slot.read, rows, width, ragged=ragged)
-        if self.records and rows * wide <= RECORDED_TOKENS:
-            key = (rows, wide, ragged)
-            if key not in bucket.reads:
-                bucket.reads[key] = Recorded(partial(bucket.slot.read, rows, wide, ragged=ragged), self.pool)
-            read = bucket.reads[key]
+        """The prompts' forward pass: with compiled layers, and recorded where the device would wait for the host."""
+        compiled, slot = self.compile_prompts and not self.layers.problem, bucket.slot
+        wide = rounded(width, PROMPT_MULTIPLE, slot.columns)
+        recorded = self.records and rows * wide <= RECORDED_TOKENS
+        if not recorded:
+            wide = rounded(width, ALIGNED, slot.columns) if compiled else width
+        read: Callable[[], None] = partial(slot.read, rows, wide, ragged=ragged)
         with self.attention.use("decode" if ragged else "score"):
+            if compiled:
+                allocate(self.model, slot)
+                kind = "one prompt" if rows == 1 else f"{'ragged ' if ragged else ''}prompts"
+                read = partial(self._by_layers, read, kind, [PromptCache(layer, rows) for layer in slot.layers])
+            if recorded:
+                read = bucket.reads.setdefault((rows, wide, ragged), Recorded(read, self.pool))
             read()
+
+    def _by_layers(self, work: Callable[[], Any], kind: str, caches: Sequence[PromptCache] = ()) -> Any:
+        """``work`` with the model's layers compiled for this kind of it."""
+        first = kind not in self.layers.compiled
+        with self.layers.use(kind, caches):
+            return self.tally.count(work, kind, first=first)
 
     def _decode(self, bucket: Bucket, steps: int, *, look: bool) -> int:
         """Run up to ``steps`` steps. :return: how many ran."""
         if steps < 1:
             return 0
+        before = CALLS.copy()
         self.tally.count(bucket.step, bucket.name, first=not bucket.warm)
-        bucket.warm = True
+        if not bucket.warm:  # a recorded step calls nothing any more
+            bucket.warm, bucket.fused = True, CALLS - before
         watch, step = EndWatch(bucket.slot.done), bucket.step
         # The first step checked every guard; nothing that they guard changes until the loop ends.
         with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
@@ -158,7 +158,11 @@ class CompiledEngine(TransformersEngine):
     def _new_bucket(self, rows: int, columns: int, sampler: Sampler) -> Bucket:
         slot = Slot(self.model, rows, columns, sampler, self.eos, additive_mask=self.attention.additive_mask, spans=self.attention.spans)
         name = f"{rows} x {columns}"
-        return Bucket(name, slot, self.compiled_step(slot.step, f"step of {name}"))
+        if self.steps == "whole" or self.layers.problem or (self.steps == "auto" and (rows == 1 or self.model.device.type != "cuda")):
+            return Bucket(name, slot, self.compiled_step(slot.step, f"step of {name}"))
+        append = torch.compile(with_own_code(slot._append, f"tokens of {name}"), dynamic=False, **self.step_arguments)
+        step = LayeredStep(slot, self.layers, append)
+        return Bucket(name, slot, Recorded(step, self.pool) if self.records else step)
 
     def compiled_step(self, method: Callable[[], None], name: str) -> Callable[[], None]:
         """The bound method, which has neither inputs nor outputs, as one graph; recorded where the arguments ask for CUDA graphs."""
@@ -180,12 +184,15 @@ class CompiledEngine(TransformersEngine):
         steps = [bucket.step for bucket in self.slots.values() if isinstance(bucket.step, Recorded)]
         reads = [read for bucket in self.slots.values() for read in bucket.reads.values()]
         theirs = self.arguments.get("backend") == "cudagraphs"
+        by_layers = self.compile_prompts or self.compile_score or self.steps == "layers"
         return {
             "attention": "kernel over each row's own columns" if self.attention.spans else self.attention.own,
+            "fused": dict(max((bucket.fused for bucket in self.slots.values()), key=lambda fused: fused.total(), default={})),
             "cuda_graphs": self.records or theirs,
             "replay": "CUDA graphs of our own" if self.records else "torch.compile's CUDA graphs" if theirs else "no CUDA graphs",
             "recorded_steps": sum(step.graph is not None for step in steps),
             "recorded_prompts": sum(read.graph is not None for read in reads),
+            "not_compiled": [self.layers.problem] if self.layers.problem and by_layers else [],
             "not_recorded": sorted({recorded.problem for recorded in (*steps, *reads) if recorded.problem}),
         }
 
@@ -200,7 +207,9 @@ class CompiledEngine(TransformersEngine):
     def _scorer(self) -> CompiledScorer:
         if self.scorer is None:
             try:
-                self.scorer = CompiledScorer(self.model, self.attention, self.pad, self.arguments, self._forward)
+                self.scorer = CompiledScorer(
+                    self.model, self.attention, self.pad, self.arguments, self._forward, self.layers, self._by_layers
+                )
             except ValueError as error:
                 raise UnavailableError(f"compile cannot score: {error}; set compile.score=false, or leave out compile") from None
         return self.scorer
@@ -214,6 +223,7 @@ class CompiledEngine(TransformersEngine):
 
     def close(self) -> None:
         self.slots.clear()
+        self.pool = torch.cuda.graph_pool_handle() if self.records else None  # a pool does not outlive its recordings
         self.forwards.clear()
         self.scorer = None
 
@@ -264,9 +274,12 @@ def sampler_of(processors: Sequence[Any], config: Any, exact: bool, technique: s
 def with_own_code(method: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The bound method under another name, with a code object of its own: torch.compile keeps its graphs, and counts them against its
     limit of recompiles, by code object."""
-    function = method.__func__  # type: ignore[attr-defined]
-    code = function.__code__.replace(co_name=name)
-    return types.MethodType(types.FunctionType(code, function.__globals__, name), method.__self__)  # type: ignore[attr-defined]
+    return types.MethodType(own_copy(method.__func__, name), method.__self__)  # type: ignore[attr-defined]
+
+
+def rounded(width: int, multiple: int, columns: int) -> int:
+    """``width`` rounded up, but less than ``columns``: the prompts' first new token needs a place, so it never has to be all of them."""
+    return min(-(-width // multiple) * multiple, columns - 1)
 
 
 def power_of_two(number: int) -> int:

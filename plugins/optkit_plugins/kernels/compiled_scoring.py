@@ -1,4 +1,4 @@
-"""Scoring as two compiled graphs: hidden states of a batch, and the head over a chunk of the positions that are asked for."""
+"""Scoring with compiled code: the layers of a batch, and the head over a chunk of the positions that are asked for."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from optkit_plugins.kernels.attention import EngineAttention
+    from optkit_plugins.kernels.compiled_layers import CompiledLayers
 
 #: Scored rows, and positions of a chunk, are padded to a multiple of this, which keeps kernels aligned.
 SCORE_MULTIPLE = 16
@@ -26,11 +27,16 @@ class CompiledScorer:
     """Scores right-padded rows. Rows, lengths and positions are symbols: one graph serves all, and another single rows.
 
     :param run: ``run(method, name, arguments, *tensors)`` compiles the method once under that name, and calls it.
+    :param by_layers: ``by_layers(work, kind)`` calls ``work`` with the layers compiled; where they cannot be, the body is one graph.
     :raises ValueError: for a model that does not fall into body and head.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: EngineAttention, pad: int, arguments: dict[str, Any], run: Run):
+    def __init__(
+        self, model: PreTrainedModel, attention: EngineAttention, pad: int, arguments: dict[str, Any], run: Run,
+        layers: CompiledLayers | None = None, by_layers: Run | None = None,
+    ):  # fmt: skip
         self.model, self.attention, self.pad, self.run = model, attention, pad, run
+        self.layers, self.by_layers = layers, by_layers
         self.parts = BodyAndHead(model)
         self.arguments, _ = without_recording(arguments)  # a graph of each shape would be recorded anew
 
@@ -55,11 +61,13 @@ class CompiledScorer:
 
     def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """Hidden states of all columns, (rows × columns, hidden size)."""
-        torch._dynamo.maybe_mark_dynamic(ids, 1)
-        if len(ids) > 1:
-            torch._dynamo.maybe_mark_dynamic(ids, 0)
+        name = "hidden states of one row" if len(ids) == 1 else "hidden states"
         with self.attention.use("score"):
-            name = "hidden states of one row" if len(ids) == 1 else "hidden states"
+            if self.by_layers and self.layers and not self.layers.problem:
+                return self.by_layers(lambda: self._body(ids), name).flatten(0, 1)
+            torch._dynamo.maybe_mark_dynamic(ids, 1)
+            if len(ids) > 1:
+                torch._dynamo.maybe_mark_dynamic(ids, 0)
             return self.run(self._body, name, self.arguments, ids).flatten(0, 1)
 
     def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

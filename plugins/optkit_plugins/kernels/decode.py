@@ -92,11 +92,27 @@ class Sampler:
             scores = torch.where(used, torch.where(scores < 0, scores * self.penalty, scores / self.penalty), scores)
         scores = scores.masked_fill(forbidden, float("-inf"))
         if not self.draw:
-            return scores.argmax(-1)
+            return highest(scores)
         for warper in self.warpers:
             scores = warper(None, scores)
         # argmax of p / Exp(1) is a draw from p: no search, no host, and allowed in a CUDA graph (unlike multinomial).
-        return (scores.softmax(-1) / torch.empty_like(scores).exponential_()).argmax(-1)
+        return highest(scores.softmax(-1) / torch.empty_like(scores).exponential_())
+
+
+def highest(scores: torch.Tensor) -> torch.Tensor:
+    """``scores.argmax(-1)`` of (rows, vocabulary). On a GPU in two stages, or one program would read a whole row."""
+    if not scores.is_cuda:
+        return scores.argmax(-1)
+    return highest_of_parts(scores)
+
+
+def highest_of_parts(scores: torch.Tensor, size: int = 512) -> torch.Tensor:
+    """The first highest of each part of ``size``, then of these: the first of equal ones, as ``argmax`` finds."""
+    missing = -scores.shape[-1] % size
+    parts = torch.nn.functional.pad(scores, (0, missing), value=float("-inf")).view(scores.shape[0], -1, size)
+    values, places = parts.max(-1)
+    best = values.argmax(-1, keepdim=True)
+    return (best * size + places.gather(-1, best)).squeeze(-1)
 
 
 class Slot:

@@ -9,6 +9,7 @@ CUDA graph serves every position; programs without columns leave at once.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -134,6 +135,17 @@ def runs_on(device: torch.device) -> bool:
     )
 
 
+class Fresh(NamedTuple):
+    """A new key and value, (rows, key heads, 1, size), for the column at ``column`` (1,), and the angles by which query and key are turned
+    first: ``cos`` and ``sin`` (1 or rows, size), or ``None``."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    column: torch.Tensor
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+
+
 def launch(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -145,13 +157,15 @@ def launch(
     window: int = 0,
     softcap: float = 0.0,
     *,
+    fresh: Fresh | None = None,
     block: int | None = None,
     splits: int | None = None,
     warps: int = 2,
 ) -> torch.Tensor:
     """The kernel's launches; under Triton's interpreter on a CPU too.
 
-    :param block: columns that a program reads at once. :param splits: programs that share a row's key head.
+    :param fresh: what to put into keys and values first. :param block: columns that a program reads at once. :param splits: programs that
+        share a row's key head.
     """
     from optkit_plugins.kernels import decode_attention_triton as kernel
 
@@ -164,6 +178,8 @@ def launch(
     sums = torch.empty((pairs, splits, groups, size) if splits > 1 else (1,), dtype=torch.float32, device=query.device)
     stats = torch.empty((pairs, splits, groups, 2) if splits > 1 else (1,), dtype=torch.float32, device=query.device)
     fused = splits > 1 and counters is not None and counters.numel() >= pairs
+    new = fresh or Fresh(query, query, first, None, None)
+    turns = new.cos is not None
     chosen = constants(groups, size, block, splits, window)
     kernel.split[(pairs, splits)](
         query,
@@ -175,10 +191,18 @@ def launch(
         sums,
         stats,
         counters if counters is not None else first,
+        new.key,
+        new.value,
+        new.cos if turns else query,
+        new.sin if turns else query,
+        new.column,
         query.stride(0),
         query.stride(1),
         *keys.stride()[:3],
         *values.stride()[:3],
+        *new.key.stride()[:2],
+        *new.value.stride()[:2],
+        new.cos.stride(0) if new.cos is not None and new.cos.shape[0] > 1 else 0,
         scale,
         kv_heads,
         TILE=max(16, power_of_two(groups)),
@@ -186,9 +210,11 @@ def launch(
         FUSED=fused,
         UPCAST=upcast(query),
         SHARE=rows // keys.shape[0],
+        FRESH=fresh is not None,
+        ROTARY=turns,
         **chosen,
         num_warps=warps,
-        num_stages=stages(block, size, query.element_size()),
+        num_stages=min(stages(block, size, query.element_size()), -(-keys.shape[2] // (splits * block))),
     )
     if splits > 1 and not fused:
         kernel.combine[(pairs,)](first, last, out, sums, stats, kv_heads, **chosen, num_warps=warps)

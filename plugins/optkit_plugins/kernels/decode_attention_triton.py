@@ -58,14 +58,34 @@ def store(out, value, pair, kv_heads, group, size, GROUPS: tl.constexpr, SIZE: t
 
 
 @triton.jit
+def turned(start, cos, sin, size, mask, SIZE: tl.constexpr, ROTARY: tl.constexpr):
+    """Vectors at ``start``, turned by their position's angles (rotary embedding, Su et al. 2021), in their own dtype."""
+    plain = tl.load(start, mask=mask, other=0.0)
+    if ROTARY:
+        lower = size < SIZE // 2
+        shift = tl.where(lower, SIZE // 2, -(SIZE // 2))
+        across = tl.load(start + shift, mask=mask, other=0.0).to(tl.float32)
+        within = size < SIZE
+        across *= tl.load(sin + size, mask=within, other=0.0).to(tl.float32) * tl.where(lower, -1.0, 1.0)
+        return (plain.to(tl.float32) * tl.load(cos + size, mask=within, other=0.0).to(tl.float32) + across).to(plain.dtype)
+    return plain
+
+
+@triton.jit
 def split(
-    query, keys, values, first, last, out, sums, stats, counters,
-    query_row, query_head, key_row, key_head, key_column, value_row, value_head, value_column, scale, kv_heads,
+    query, keys, values, first, last, out, sums, stats, counters, new_keys, new_values, cos, sin, column_at,
+    query_row, query_head, key_row, key_head, key_column, value_row, value_head, value_column,
+    new_key_row, new_key_head, new_value_row, new_value_head, angle_row, scale, kv_heads,
     TILE: tl.constexpr, SOFTCAP: tl.constexpr, FUSED: tl.constexpr, UPCAST: tl.constexpr, SHARE: tl.constexpr,
+    FRESH: tl.constexpr, ROTARY: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
     PADDED_GROUPS: tl.constexpr, PADDED_SPLITS: tl.constexpr, PARTS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """One part of one row and key head: the sum over its columns, their weight and highest score, by the online softmax."""
+    """One part of one row and key head: the sum over its columns, their weight and highest score, by the online softmax.
+
+    :param FRESH: the program whose part has the column at ``column_at`` puts the new key and value there first.
+    :param ROTARY: query and new key are turned by the row's angles before.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(0)
     part = tl.program_id(1)
@@ -79,12 +99,23 @@ def split(
     low = begin + part * share
     high = tl.minimum(low + share, end)
     query_at = query + row.to(tl.int64) * query_row + (head * GROUPS + group)[:, None] * query_head + size[None, :]
-    asked = tl.load(query_at, mask=(group[:, None] < GROUPS) & (size[None, :] < SIZE), other=0.0)
+    cos += row * angle_row
+    sin += row * angle_row
+    asked = turned(query_at, cos, sin, size[None, :], (group[:, None] < GROUPS) & (size[None, :] < SIZE), SIZE, ROTARY)
     if UPCAST:
         asked = asked.to(tl.float32)
     owner = (row // SHARE).to(tl.int64)
     key_at = keys + owner * key_row + head.to(tl.int64) * key_head
     value_at = values + owner * value_row + head.to(tl.int64) * value_head
+    if FRESH:
+        new = tl.load(column_at).to(tl.int32)
+        within = size < SIZE
+        new_key_at = new_keys + row.to(tl.int64) * new_key_row + head * new_key_head + size
+        new_key = turned(new_key_at, cos, sin, size, within, SIZE, ROTARY)
+        new_value = tl.load(new_values + row.to(tl.int64) * new_value_row + head * new_value_head + size, mask=within, other=0.0)
+        if part == tl.minimum(tl.maximum(new - begin, 0) // share, tl.maximum(parts, 1) - 1):
+            tl.store(key_at + new.to(tl.int64) * key_column + size, new_key, mask=within)
+            tl.store(value_at + new.to(tl.int64) * value_column + size, new_value, mask=within)
     highest = tl.full((TILE,), float("-inf"), tl.float32)
     weight = tl.zeros((TILE,), tl.float32)
     total = tl.zeros((TILE, WIDTH), tl.float32)
@@ -97,6 +128,9 @@ def split(
         value = tl.load(
             value_at + column[:, None].to(tl.int64) * value_column + size[None, :], mask=there[:, None] & (size[None, :] < SIZE), other=0.0
         )
+        if FRESH:  # not read back from where it was just written: that would be one more wait
+            key = tl.where(column[None, :] == new, new_key[:, None], key)
+            value = tl.where(column[:, None] == new, new_value[None, :], value)
         if UPCAST:
             key = key.to(tl.float32)
             value = value.to(tl.float32)

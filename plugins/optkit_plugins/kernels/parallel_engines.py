@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from optkit import Engine
-from optkit_plugins.kernels.parallel_workers import Worker, leave, settle
+from optkit import Engine, OptkitError, TransformersEngine
+from optkit_plugins.kernels.parallel_workers import Worker, leave, random_state, settle
 
 
 class Replicas(Engine):
@@ -65,32 +65,43 @@ class Lockstep(Engine):
 
     name = "lockstep"
 
-    def __init__(self, inner: Engine, workers: list[Worker]):
+    def __init__(self, inner: TransformersEngine, workers: list[Worker]):
         self.inner, self.workers = inner, workers
         self.cannot_score = inner.cannot_score
 
     def generate(self, prompts: Sequence[Sequence[int]], *, new_tokens: int, exact: bool = False) -> list[list[int]]:
-        return self._together("generate", (prompts,), {"new_tokens": new_tokens, "exact": exact})
+        if self.inner.trial.settings["generate.do_sample"]:  # every process draws the same token
+            state = random_state(self.inner.model.device)
+            for worker in self.workers:
+                worker.ask("random", state)
+            settle(self.workers)
+        texts, others = self._together("generate", (prompts,), {"new_tokens": new_tokens, "exact": exact})
+        for worker, theirs in zip(self.workers, others, strict=True):
+            if theirs != texts:
+                raise OptkitError(f"the worker on {worker.device} took other tokens than the first device; report this with the plan")
+        return texts
 
     def score(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[torch.Tensor]:
-        return self._together("score", (sequences, starts), {})
+        return self._together("score", (sequences, starts), {})[0]
 
     def log_probs(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Iterator[torch.Tensor]:
-        yield from self._together("log_probs", (sequences, starts), {})
+        yield from self._together("log_probs", (sequences, starts), {})[0]
 
-    def _together(self, call: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
+    def _together(self, call: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+        """This process's answer, and those of the others."""
         for worker in self.workers:
             worker.ask(call, *arguments, named)
         try:
             # All of a generator's work is done here: a process that stops early would leave the others waiting.
-            return list(getattr(self.inner, call)(*arguments, **named))
+            own = list(getattr(self.inner, call)(*arguments, **named))
         finally:
-            settle(self.workers)
+            others = settle(self.workers)
+        return own, others
 
     def close(self) -> None:
         for worker in self.workers:
             worker.dismiss()
+        self.inner.close()
         leave()
         for worker in self.workers:
             worker.close()
-        self.inner.close()

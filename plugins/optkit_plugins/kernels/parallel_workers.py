@@ -8,6 +8,7 @@ from GPU to GPU), and build their engine as this process builds its own. They st
 from __future__ import annotations
 
 import dataclasses
+import gc
 import pickle
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -51,7 +52,7 @@ class Worker:
             theirs.close()
 
     def ask(self, call: str, *arguments: Any) -> None:
-        """Start ``call``: ``build`` (trial), or a method of the engine with its arguments."""
+        """Start ``call``: ``build`` (trial), ``random`` (state), or a method of the engine with its arguments."""
         try:
             self.connection.send((call, arguments))
         except OSError as error:
@@ -136,20 +137,45 @@ def serve(
         try:
             if failure:
                 raise OptkitError(failure)
+            answer = None
             if call == "build":
                 engine = build(model, *arguments)
-                answer = None
+            elif call == "random":
+                set_random_state(model.device, *arguments)
             else:
                 answer = plain(getattr(engine, call)(*arguments[:-1], **arguments[-1]))
             connection.send(("ok", answer))
         except Exception as error:
             connection.send(("error", describe(error)))
+    if engine is not None:
+        engine.close()
     leave()
 
 
+def random_state(device: torch.device) -> bytes:
+    """The state of the generator that draws tokens on this device."""
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return state.numpy().tobytes()
+
+
+def set_random_state(device: torch.device, state: bytes) -> None:
+    tensor = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensor, device)
+    else:
+        torch.set_rng_state(tensor)
+
+
+def joined_already() -> bool:
+    """Whether this process is in torch's process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def leave() -> None:
-    """Leave torch's process group, where there is one; all its processes do so at the same time."""
-    if dist.is_available() and dist.is_initialized():
+    """Leave torch's process group, where there is one; all its processes do so at the same time, each with its engine closed: recorded
+    graphs hold on to the group, which would wait for them."""
+    if joined_already():
+        gc.collect()
         dist.destroy_process_group()
 
 

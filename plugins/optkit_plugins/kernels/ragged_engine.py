@@ -151,6 +151,7 @@ class RaggedEngine(CompiledEngine):
 
     def _forget(self) -> None:
         self.ragged.clear()
+        self.pool = torch.cuda.graph_pool_handle() if self.records else None  # a pool does not outlive its recordings
         gc.collect()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """Linear layers whose weights stay packed in 4 or 8 bits: ``pack``, ``WeightOnlyLinear``, ``fuse``.
 
 Decoding few sequences reads every weight once a token and does little else, so bytes are time. The layer multiplies packed weights
-directly up to 64 activations (``weight_only_triton``) and expands the weight for more. Formats: ``nf4`` and ``fp4`` (bitsandbytes' values
+directly up to 128 activations (``weight_only_launch``) and expands the weight for more. Formats: ``nf4`` and ``fp4`` (bitsandbytes' values
 and blocks), ``int4`` (groups with scale and zero, as GPTQ and AWQ store them), ``int8`` (one scale a row).
 """
 
@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from optkit_plugins.kernels import fused_product
 from optkit_plugins.kernels import weight_only_formats as formats
 from optkit_plugins.kernels.weight_only_formats import FORMATS, Packed, dequantize, pack, pack_nf4, why_not
+from optkit_plugins.kernels.weight_only_variants import FUSED_BATCH, VERY_MANY
 
 __all__ = ["FORMATS", "Packed", "WeightOnlyLinear", "dequantize", "fuse", "pack", "pack_nf4", "weight_only_linear", "why_not"]
 
@@ -38,6 +41,8 @@ def weight_only_linear(
     """``x`` (…, columns) times the packed weight's transpose plus bias: (…, rows) in x's dtype. Opaque to ``torch.compile``."""
     packed = Packed(format, (rows, x.shape[-1]), group, words, scales, zeros)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if flat.shape[0] == 1:
+        fused_product.count()
     return _multiply(flat, packed, bias).reshape(*x.shape[:-1], rows)
 
 
@@ -55,6 +60,71 @@ def _(
     return x.new_empty(*x.shape[:-1], rows)
 
 
+@torch.library.custom_op("optkit::fused_weight_only_linear", mutates_args=())
+def fused_weight_only_linear(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    format: str,
+    rows: int,
+    group: int,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
+    """``weight_only_linear`` of one activation with what ``fused_product`` names: (…, rows), half as many where ``gated``."""
+    fused_product.count(norm_weight, residual, gated)
+    packed = Packed(format, (rows, x.shape[-1]), group, words, scales, zeros)
+    flat = x.reshape(1, x.shape[-1]).contiguous()
+    outputs = rows // 2 if gated else rows
+    added = None if residual is None else residual.reshape(1, outputs).contiguous()
+    if fuses(flat, packed, norm_weight, added, gated):
+        from optkit_plugins.kernels import weight_only_launch as launch
+
+        bias = bias if bias is None else bias.to(x.dtype)
+        try:
+            result = launch.product(flat, packed, bias, fused=launch.Fused(norm_weight, eps, added, gated))
+            return result.reshape(*x.shape[:-1], outputs)
+        except launch.LayoutError:
+            pass  # the plain product warns of it
+    result = fused_product.plain_fused(lambda x: _multiply(x, packed, bias), flat, norm_weight, eps, added, gated)
+    return result.reshape(*x.shape[:-1], outputs)
+
+
+@fused_weight_only_linear.register_fake
+def _(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    format: str,
+    rows: int,
+    group: int,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], rows // 2 if gated else rows)
+
+
+def of_one_activation(node: torch.fx.Node) -> bool:
+    """Whether a ``weight_only_linear`` in a graph multiplies a single activation in bfloat16, in which a norm can be fused.
+
+    Not the head: its many programs would each normalize, which costs more than a kernel that does it once.
+    """
+    arguments: Any = node.args
+    x, rows = arguments[0].meta["val"], arguments[6]
+    return x.dtype == torch.bfloat16 and rows < VERY_MANY * formats.TILE_ROWS and statically_known_true(x.numel() == x.shape[-1])
+
+
+fused_product.register(torch.ops.optkit.weight_only_linear.default, torch.ops.optkit.fused_weight_only_linear.default, of_one_activation)
+
+
 def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
     """``weight_only_linear`` without the dispatcher's and its checks' 20 microseconds, where nobody traces or differentiates."""
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or (torch.is_grad_enabled() and x.requires_grad):
@@ -67,18 +137,34 @@ def _multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> tor
         return x.new_empty(0, packed.shape[0])
     if x.is_cuda and has_triton():
         from optkit_plugins.kernels import weight_only_launch as launch
+        from optkit_plugins.kernels import weight_only_whole as whole
 
         bias = bias if bias is None else bias.to(x.dtype)
-        if x.shape[0] <= launch.FUSED_BATCH and fast(x, packed):
+        if x.shape[0] <= FUSED_BATCH and fast(x, packed):
             try:
                 return launch.product(x if x.data_ptr() % 16 == 0 else x.clone(), packed, bias)
             except launch.LayoutError as error:
                 warnings.warn(f"{error}; packed weights are expanded for every product instead, which is slow", stacklevel=2)
         elif x.shape[0] == 1:
-            return launch.plain_product(x, packed, bias)
-        return nn.functional.linear(x, launch.expand(packed, x.dtype), bias)
+            return whole.plain_product(x, packed, bias)
+        expand = whole.expand if fast(x, packed) else whole.plain_expand
+        return nn.functional.linear(x, expand(packed, x.dtype), bias)
     weight = dequantize(packed, x.dtype)
     return nn.functional.linear(x, weight, bias if bias is None else bias.to(x.dtype))
+
+
+def fuses(x: torch.Tensor, packed: Packed, norm_weight: torch.Tensor | None, residual: torch.Tensor | None, gated: bool) -> bool:
+    """Whether the kernel for one activation takes tensors like these, with what stands round the product."""
+    tensors = [x, *(tensor for tensor in (norm_weight, residual) if tensor is not None)]
+    return (
+        x.is_cuda
+        and has_triton()
+        and fast(x, packed)
+        and x.data_ptr() % 16 == 0
+        and all(tensor.dtype == x.dtype and tensor.is_contiguous() for tensor in tensors)
+        and (norm_weight is None or (x.dtype == torch.bfloat16 and norm_weight.data_ptr() % 16 == 0))
+        and (not gated or packed.shape[0] % (2 * formats.TILE_ROWS) == 0)
+    )
 
 
 @lru_cache
@@ -175,9 +261,9 @@ class WeightOnlyLinear(nn.Module):
     def _make_tables(self) -> None:
         """Put what the kernels look up on the layer's GPU now: made in a first product, it could land in a CUDA graph's memory pool."""
         if self.words.is_cuda:
-            from optkit_plugins.kernels import weight_only_launch as launch
+            from optkit_plugins.kernels.weight_only_lookup import make_tables
 
-            launch.make_tables(self.format, self.words.device)
+            make_tables(self.format, self.words.device)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}, group={self.group}"

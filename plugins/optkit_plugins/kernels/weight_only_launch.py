@@ -1,22 +1,23 @@
-"""Which variant of the kernels runs for which shape, and their launches. The tensors are those of ``Packed``."""
+"""Launches of the kernels for packed weights, and what they are given. The tensors are those of ``Packed``.
+
+One activation, some, and many have a kernel each: ``weight_only_row_triton``, ``weight_only_few_triton`` and ``weight_only_wide_triton``.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 
-from optkit_plugins.kernels.weight_only_formats import TABLES, TILE_COLUMNS, Packed, labels, lookup_table
+from optkit_plugins.kernels.weight_only_formats import TABLES, TILE_COLUMNS, Packed, lookup_table
+from optkit_plugins.kernels.weight_only_lookup import lookup
+from optkit_plugins.kernels.weight_only_variants import Few, Row, Wide, choose
 
-#: Activations up to which the product is fused; above, the weight is expanded and cuBLAS multiplies.
-FUSED_BATCH = 64
-#: Row tiles up to which all programs run at once although each takes many registers (two a multiprocessor), from which the rows alone
-#: fill a GPU, and from which they fill it many times over.
-FEW, MANY, VERY_MANY = 264, 1024, 4096
+#: Bytes of shared memory up to which Triton takes what every kernel may have, without asking the driver for more.
+SMALL_SHARED = 48 << 10
 
 
 class LayoutError(RuntimeError):
@@ -24,50 +25,26 @@ class LayoutError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One way to cut the work.
+class Fused:
+    """What a product of one activation does beside multiplying (see ``fused_product``)."""
 
-    :ivar pairs: look 4-bit tables up in shared memory, not with byte permutes.
-    :ivar column_warps: warps of a program that share the columns. :ivar row_warps: warps that share the rows.
-    :ivar row_tiles: tiles of 16 rows a warp. :ivar column_tiles: tiles of 64 columns that a warp loads at once.
-    :ivar ahead: steps whose weights are under way while one is computed.
-    :ivar slots: steps of activations that wait in shared memory; 0: each warp reads activations itself.
-    :ivar splits: programs that share the columns; their sums are added by a second kernel.
-    """
-
-    pairs: bool = False
-    column_warps: int = 4
-    row_warps: int = 1
-    row_tiles: int = 1
-    column_tiles: int = 4
-    ahead: int = 1
-    slots: int = 0
-    splits: int = 1
+    norm_weight: torch.Tensor | None = None
+    eps: float = 0.0
+    residual: torch.Tensor | None = None
+    gated: bool = False
 
 
-def choose(format: str, batch: int, row_tiles: int, blocks: int) -> Variant:
-    """The fastest variant measured on an H200 for shapes like this one (benchmarks/weight_kernels.py)."""
-    if batch > 16:
-        if row_tiles >= MANY:
-            return Variant(row_warps=4, column_warps=1, row_tiles=2, column_tiles=1, slots=4)
-        splits = 8 if blocks >= 128 else 4 if blocks >= 32 else 1
-        return Variant(row_warps=4, column_warps=1, column_tiles=1, ahead=2 if blocks >= 128 else 1, slots=4, splits=splits)
-    table = format in TABLES
-    if batch > 8:
-        if row_tiles >= MANY:
-            return Variant(pairs=table, column_warps=2, row_warps=2, row_tiles=2, column_tiles=2, ahead=0 if table else 1)
-        return Variant(pairs=table, ahead=1 if row_tiles <= FEW else 0)
-    if table:
-        if row_tiles >= VERY_MANY:
-            return Variant(pairs=True, column_warps=1, row_warps=4, row_tiles=2, column_tiles=2)
-        if row_tiles >= MANY:
-            return Variant(pairs=True, column_warps=2, row_warps=2, row_tiles=2, column_tiles=4, ahead=0)
-        return Variant(pairs=True, column_tiles=8, ahead=1 if blocks >= 128 else 0)
-    if format == "int8":
-        return Variant(column_warps=8 if row_tiles < MANY and blocks >= 128 else 4, column_tiles=2 if row_tiles >= VERY_MANY else 4)
-    if row_tiles >= VERY_MANY:
-        return Variant(row_tiles=2, column_tiles=2, ahead=0)
-    return Variant(row_tiles=2, column_tiles=8, ahead=0) if row_tiles >= MANY else Variant(column_tiles=8)
+@dataclass(frozen=True)
+class Call:
+    """A kernel's arguments: tensors, then numbers, then constants; warps and stages of a program; programs."""
+
+    kernel: Any
+    tensors: list[torch.Tensor]
+    numbers: list[Any]
+    constants: dict[str, Any]
+    warps: int
+    grid: tuple[int, ...]
+    stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -78,50 +55,51 @@ class Launch:
     """
 
     run: Callable[..., None]
-    splits: int
-    table: torch.Tensor
+    variant: Row | Few | Wide
     numbers: tuple[Any, ...]
 
 
 _launches: dict[Any, Launch] = {}
+NOTHING = Fused()
 
 
-def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None, variant: Variant | None = None) -> torch.Tensor:
+def product(
+    x: torch.Tensor,
+    packed: Packed,
+    bias: torch.Tensor | None = None,
+    variant: Row | Few | Wide | None = None,
+    fused: Fused = NOTHING,
+) -> torch.Tensor:
     """``x`` (batch, columns), bfloat16 or float16, times the weight's transpose: (batch, rows) in x's dtype. Needs sm_80.
 
+    :param fused: with a batch of one alone, and a norm with bfloat16 alone. Gated, half of the rows are a multiple of 16.
     :raises LayoutError: where this Triton would compute something else.
     """
-    tensors = (packed.scales, packed.zeros, bias)
+    tensors = (packed.scales, packed.zeros, bias, fused.norm_weight, fused.residual)
     aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    kinds = (packed.scales.dtype, packed.zeros is None, bias is None, x.dtype, x.device, aligned)
+    kinds = (packed.scales.dtype, *(tensor is None for tensor in tensors[1:]), fused.eps, fused.gated, x.dtype, x.device, aligned)
     key = (packed.format, packed.shape, packed.group, x.shape[0], variant, kinds)
     launch = _launches.get(key)
-    if launch is None:
-        launch = _launches[key] = prepare(x, packed, bias, variant)
-    shape = (x.shape[0], packed.shape[0])
-    if launch.splits == 1:
-        out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    else:
-        out = torch.empty((launch.splits, *shape), dtype=torch.float32, device=x.device)
-    launch.run(*_pointers(x, packed, bias, launch.table, out), *launch.numbers)
-    return out if launch.splits == 1 else add_up(out, bias, x.dtype)
-
-
-def prepare(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, variant: Variant | None) -> Launch:
-    """Compile the kernel for calls like this one, and check its registers."""
-    from optkit_plugins.kernels import weight_only_triton as kernel
-
     row_tiles, blocks = packed.words.shape[:2]
-    variant = variant or choose(packed.format, x.shape[0], row_tiles, blocks)
-    values, constants, warps = arguments(x, packed, bias, variant)
-    groups = -(-row_tiles // (variant.row_warps * variant.row_tiles))
-    grid = (groups, -(-x.shape[0] // (constants["NT"] * 8)), variant.splits)
-    compiled = kernel.product.warmup(*values, **constants, num_warps=warps, grid=grid)
-    if not one_row_a_thread(compiled):
+    chosen = launch.variant if launch else variant or choose(packed.format, x.shape[0], row_tiles, blocks, fused.gated)
+    out = _output(x, packed, chosen, fused)
+    if launch is None:
+        launch = _launches[key] = prepare(arguments(x, packed, bias, chosen, fused, out), chosen)
+    launch.run(*pointers(x, packed, bias, chosen, fused, out), *launch.numbers)
+    return out if out.dim() == 2 else add_up(out, bias, x.dtype)
+
+
+def prepare(call: Call, variant: Row | Few | Wide) -> Launch:
+    """Compile the kernel for calls like this one, and check its registers."""
+    compiled = call.kernel.warmup(
+        *call.tensors, *call.numbers, **call.constants, num_warps=call.warps, num_stages=call.stages, grid=call.grid
+    )
+    if not isinstance(variant, Wide) and not one_row_a_thread(compiled):
         raise LayoutError("this Triton lays (threads, 4) tensors out in another way than the fused kernel needs")
-    names = kernel.product.arg_names
-    numbers = (*values[POINTERS:], *(constants[name] for name in names[len(values) :]))
-    return Launch(compiled[grid], variant.splits, values[names.index("table")], numbers)
+    if isinstance(variant, Wide) and variant.pairs and compiled.metadata.shared <= SMALL_SHARED:
+        raise LayoutError(f"the kernel's own {compiled.metadata.shared} bytes of shared memory leave no room for the pairs beside them")
+    names = call.kernel.arg_names[len(call.tensors) + len(call.numbers) :]
+    return Launch(compiled[(*call.grid, 1, 1)[:3]], variant, (*call.numbers, *(call.constants[name] for name in names)))
 
 
 def add_up(parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -136,100 +114,163 @@ def add_up(parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -
     return out
 
 
-#: Tensors among the kernel's arguments, which come first.
-POINTERS = 7
+# Arguments ----------------------------------------------------------------------------------------------------------------------------
 
 
-def _pointers(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, table: torch.Tensor, out: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors as the kernel reads them; one that is not there is stood for by another."""
+def arguments(
+    x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, variant: Row | Few | Wide, fused: Fused, out: torch.Tensor
+) -> Call:
+    if isinstance(variant, Row):
+        return _row_call(x, packed, bias, variant, fused, out)
+    if isinstance(variant, Few):
+        return _few_call(x, packed, bias, variant, fused, out)
+    return _wide_call(x, packed, bias, variant, fused, out)
+
+
+def _output(x: torch.Tensor, packed: Packed, variant: Row | Few | Wide, fused: Fused) -> torch.Tensor:
+    shape = (x.shape[0], packed.shape[0] // (2 if fused.gated else 1))
+    if isinstance(variant, Wide) and variant.splits > 1:
+        return torch.empty((variant.splits, *shape), dtype=torch.float32, device=x.device)
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
+
+
+def pointers(
+    x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, variant: Row | Few | Wide, fused: Fused, out: torch.Tensor
+) -> list[torch.Tensor]:
+    """The tensors as the kernels read them; one that is not there is stood for by another."""
+    wide = isinstance(variant, Wide)
     scales = packed.scales if packed.scales.dtype == torch.float32 else packed.scales.view(torch.int32)
-    zeros = packed.words if packed.zeros is None else packed.zeros.view(torch.int16)
-    return [x.view(torch.int32), packed.words, scales, zeros, table, out if bias is None else bias, out]
+    zeros = packed.words if packed.zeros is None else _words(packed.zeros) if wide else packed.zeros.view(torch.int16)
+    table = lookup(packed.format, x.dtype, _pairs(variant), x.device)[0] if packed.format in TABLES else packed.words
+    more = [out if fused.norm_weight is None else fused.norm_weight.view(torch.int32), out if fused.residual is None else fused.residual]
+    return [
+        x if wide else x.view(torch.int32), packed.words, scales, zeros, table, out if bias is None else bias,
+        *(more if isinstance(variant, Row) else ()), out,
+    ]  # fmt: skip
 
 
-def arguments(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, variant: Variant) -> tuple[list[Any], dict[str, Any], int]:
-    """The kernel's arguments in order, its constants, and the number of warps. The output is allocated here."""
-    from optkit_plugins.kernels import weight_only_triton as kernel
+def _pairs(variant: Row | Few | Wide) -> bool:
+    return True if isinstance(variant, Row) else variant.pairs
 
-    batch, rows = x.shape[0], packed.shape[0]
+
+def _words(zeros: torch.Tensor) -> torch.Tensor:
+    """uint8 (row tiles, groups, 8, 2) as int32 (row tiles, groups, 4)."""
+    return zeros.flatten(2).view(torch.int32)
+
+
+def _row_call(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, variant: Row, fused: Fused, out: torch.Tensor) -> Call:
+    from optkit_plugins.kernels import weight_only_assembly as assembly
+    from optkit_plugins.kernels import weight_only_row_triton as kernel
+
     row_tiles, blocks = packed.words.shape[:2]
     bfloat16 = x.dtype == torch.bfloat16
-    kind, table, factor = _kind_and_table(packed, x, variant.pairs)
-    tokens = next(size for size in (8, 16, 32, 48, 64) if size >= min(batch, 64))
-    splits = variant.splits
-    shape = (batch, rows) if splits == 1 else (splits, batch, rows)
-    out = torch.empty(shape, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
-    values = _pointers(x, packed, bias, table, out)
-    steps = variant.column_warps * variant.column_tiles * splits
-    expand, expand_registers = kernel.expand_assembly(kind, bfloat16)
-    multiply, multiply_registers = kernel.multiply_assembly(bfloat16, kind == kernel.BYTES.value)
+    kind = {"int4": assembly.BIASED, "int8": assembly.BYTES}.get(packed.format, assembly.PAIRS).value
+    step = variant.column_warps * variant.column_tiles
     constants = {
+        **common(packed, bias is not None),
+        **_assembly(kind, bfloat16, False),
         "KIND": kind,
-        "SCALE": {torch.bfloat16: kernel.BF16, torch.float16: kernel.FP16, torch.float32: kernel.FP32}[packed.scales.dtype].value,
-        "TILES_A_GROUP": packed.group // TILE_COLUMNS,
-        "ZEROS": packed.zeros is not None,
-        "BIAS": bias is not None and splits == 1,
+        "NORM": fused.norm_weight is not None,
+        "RESIDUAL": fused.residual is not None,
+        "GATED": fused.gated,
+        "WK": variant.column_warps,
+        "WM": variant.row_warps,
+        "U": variant.column_tiles,
+        "STEPS": -(-blocks // step),
+        "EVEN": blocks >= step,
+        "MAGIC": assembly.magic(bfloat16),
+        "ONES": assembly.one_bits(bfloat16),
+        "FILL": assembly.FILL,
+        "TIMES": assembly.TIMES,
+    }
+    numbers = [packed.shape[0], row_tiles, blocks, inverse(packed, x.dtype), fused.eps, 1]
+    warps = variant.column_warps * variant.row_warps
+    grid = (-(-row_tiles // variant.row_warps),)
+    return Call(kernel.weight_only_product_row, pointers(x, packed, bias, variant, fused, out), numbers, constants, warps, grid)
+
+
+def _few_call(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, variant: Few, fused: Fused, out: torch.Tensor) -> Call:
+    from optkit_plugins.kernels import weight_only_assembly as assembly
+    from optkit_plugins.kernels import weight_only_few_triton as kernel
+
+    row_tiles, blocks = packed.words.shape[:2]
+    bfloat16 = x.dtype == torch.bfloat16
+    table = assembly.PAIRS if variant.pairs else assembly.PERMUTE
+    kind = {"int4": assembly.AFFINE, "int8": assembly.BYTES}.get(packed.format, table).value
+    tokens = 8 if x.shape[0] <= 8 else 16
+    step = variant.column_warps * variant.column_tiles
+    constants = {
+        **common(packed, bias is not None),
+        **_assembly(kind, bfloat16, kind == assembly.BYTES.value),
+        "KIND": kind,
         "WK": variant.column_warps,
         "WM": variant.row_warps,
         "R": variant.row_tiles,
         "U": variant.column_tiles,
         "NT": tokens // 8,
-        "EVEN": blocks % steps == 0,
-        "AHEAD": variant.ahead if blocks > steps else 0,
-        "SLOTS": variant.slots,
-        "EXPAND": expand,
-        "EXPAND_REGISTERS": expand_registers,
-        "MULTIPLY": multiply,
-        "MULTIPLY_REGISTERS": multiply_registers,
-        "MAGIC": kernel.magic_bits(bfloat16),
-        "FILL": kernel.FILL,
-        "FENCE": kernel.FENCE,
-        "COPY": kernel.COPY,
-        "READ": kernel.READ,
-        "READ_REGISTERS": kernel.READ_REGISTERS,
-        "SLOT_BYTES": str(variant.slots * variant.column_warps * tokens * 128),
-        "WAIT": kernel.wait_assembly(variant.slots),
+        "EVEN": blocks % step == 0,
+        "AHEAD": variant.ahead if blocks > step else 0,
+        "MAGIC": assembly.magic_bits(bfloat16),
+        "FILL": assembly.FILL,
     }
-    return [*values, batch, rows, row_tiles, blocks, 1 / factor], constants, variant.column_warps * variant.row_warps
+    numbers = [x.shape[0], packed.shape[0], row_tiles, blocks, inverse(packed, x.dtype), 1]
+    grid = (-(-row_tiles // (variant.row_warps * variant.row_tiles)), -(-x.shape[0] // tokens))
+    warps = variant.column_warps * variant.row_warps
+    return Call(kernel.weight_only_product_few, pointers(x, packed, bias, variant, fused, out), numbers, constants, warps, grid)
 
 
-def plain_product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The same without assembly, for any dtype and GPU, and under Triton's interpreter."""
-    from optkit_plugins.kernels import weight_only_plain as kernel
-
-    row_tiles, blocks = packed.words.shape[:2]
-    out = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
-    kernel.product[(row_tiles, x.shape[0])](
-        x,
-        *_plain_arguments(packed),
-        bias if bias is not None else out,
-        out,
-        packed.shape[0],
-        blocks,
-        BIAS=bias is not None,
-        **_plain(packed),
-    )
-    return out
-
-
-def expand(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
-    """The weight (rows × columns) on a GPU, in one pass."""
-    from optkit_plugins.kernels import weight_only_plain as kernel
+def _wide_call(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, variant: Wide, fused: Fused, out: torch.Tensor) -> Call:
+    from optkit_plugins.kernels import weight_only_assembly as assembly
+    from optkit_plugins.kernels import weight_only_wide_triton as kernel
 
     row_tiles, blocks = packed.words.shape[:2]
-    out = torch.empty(packed.shape, dtype=dtype, device=packed.words.device)
-    kernel.expand[(row_tiles, blocks)](*_plain_arguments(packed), out, packed.shape[0], blocks, **_plain(packed))
-    return out
+    constants = {
+        **common(packed, bias is not None and variant.splits == 1),
+        **wide_assembly(packed, x.dtype, variant.pairs),
+        "RT": variant.row_tiles,
+        "TOKENS": variant.tokens,
+        "STEPS": 0,
+        "STAGES": variant.stages,
+        "WARPS": variant.warps,
+        "FILL": assembly.FILL,
+        "SHARED_PAIRS": assembly.SHARED_PAIRS,
+    }
+    numbers = [x.shape[0], packed.shape[0], row_tiles, blocks, blocks // variant.splits, inverse(packed, x.dtype)]
+    grid = (-(-row_tiles // variant.row_tiles), -(-x.shape[0] // variant.tokens), variant.splits)
+    given = pointers(x, packed, bias, variant, fused, out)
+    return Call(kernel.weight_only_product_wide, given, numbers, constants, variant.warps, grid, variant.stages)
 
 
-def _plain_arguments(packed: Packed) -> tuple[torch.Tensor, ...]:
-    table = _values(packed.format, packed.words.device) if packed.format in TABLES else packed.words
-    return packed.words, packed.scales, packed.zeros if packed.zeros is not None else packed.words, table
+def common(packed: Packed, bias: bool) -> dict[str, Any]:
+    from optkit_plugins.kernels import weight_only_assembly as assembly
+
+    scale = {torch.bfloat16: assembly.BF16, torch.float16: assembly.FP16, torch.float32: assembly.FP32}[packed.scales.dtype].value
+    return {"SCALE": scale, "TILES_A_GROUP": packed.group // TILE_COLUMNS, "ZEROS": packed.zeros is not None, "BIAS": bias}
 
 
-def _plain(packed: Packed) -> dict[str, int | bool]:
-    kind = 0 if packed.format in TABLES else 2 if packed.format == "int8" else 1
-    return {"KIND": kind, "TILES_A_GROUP": packed.group // TILE_COLUMNS, "ZEROS": packed.zeros is not None}
+def _assembly(kind: int, bfloat16: bool, adds: bool) -> dict[str, str]:
+    from optkit_plugins.kernels import weight_only_assembly as assembly
+
+    expand, expand_registers = assembly.expand_assembly(kind, bfloat16)
+    multiply, multiply_registers = assembly.multiply_assembly(bfloat16, adds)
+    return {
+        "EXPAND": expand, "EXPAND_REGISTERS": expand_registers, "MULTIPLY": multiply, "MULTIPLY_REGISTERS": multiply_registers,
+    }  # fmt: skip
+
+
+def wide_assembly(packed: Packed, dtype: torch.dtype, pairs: bool = False) -> dict[str, Any]:
+    """The constants of ``weight_only_wide_triton`` that stand for a format."""
+    from optkit_plugins.kernels import weight_only_assembly as assembly
+
+    table = assembly.NAMED if pairs else assembly.PERMUTE
+    kind = {"int4": assembly.AFFINE, "int8": assembly.BYTES}.get(packed.format, table).value
+    written = assembly.BIASED.value if kind == assembly.AFFINE.value else kind
+    expand, registers = assembly.expand_word_assembly(written, dtype == torch.bfloat16)
+    return {"KIND": kind, "ASSEMBLY": True, "EXPAND": expand, "EXPAND_REGISTERS": registers}
+
+
+def inverse(packed: Packed, dtype: torch.dtype) -> float:
+    return 1 / lookup_table(packed.format, dtype).factor if packed.format in TABLES else 1.0
 
 
 def one_row_a_thread(compiled: Any) -> bool:
@@ -238,34 +279,3 @@ def one_row_a_thread(compiled: Any) -> bool:
     layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*?)\}>", text, re.MULTILINE))
     used = re.findall(r"packed_element = 4 .*?: tensor<\d+x4x\w+, (#\w+)>", text)
     return bool(used) and all(layouts.get(name, "").startswith("sizePerThread = [1, 4], threadsPerWarp = [32, 1]") for name in used)
-
-
-def _kind_and_table(packed: Packed, x: torch.Tensor, pairs: bool) -> tuple[int, torch.Tensor, float]:
-    from optkit_plugins.kernels import weight_only_triton as kernel
-
-    if packed.format not in TABLES:
-        return kernel.BYTES.value if packed.format == "int8" else kernel.AFFINE.value, packed.words, 1.0
-    return kernel.PAIRS.value if pairs else kernel.PERMUTE.value, *_lookup(packed.format, x.dtype, pairs, x.device)
-
-
-def make_tables(format: str, device: torch.device) -> None:
-    """Put a format's lookup tables on the device now: made while a CUDA graph is recorded, they would lie in its memory pool."""
-    if format in TABLES:
-        _values(format, device)
-        for dtype in (torch.bfloat16, torch.float16):
-            for pairs in (False, True):
-                _lookup(format, dtype, pairs, device)
-
-
-@lru_cache
-def _lookup(format: str, dtype: torch.dtype, pairs: bool, device: torch.device) -> tuple[torch.Tensor, float]:
-    """The lookup table on the device: all pairs, or the permutes' eight words, 32 times each (a copy for every lane)."""
-    lookup = lookup_table(format, dtype)
-    words = torch.tensor(lookup.pairs if pairs else lookup.words, dtype=torch.int64).to(torch.int32)
-    return (words if pairs else words.repeat_interleave(32)).to(device), lookup.factor
-
-
-@lru_cache
-def _values(format: str, device: torch.device) -> torch.Tensor:
-    """The 16 values by label, float32."""
-    return torch.tensor([TABLES[format][code] for code in labels(format)], device=device)
