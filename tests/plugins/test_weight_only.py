@@ -180,6 +180,16 @@ def test_triton_lays_registers_out_as_the_assembly_needs(format: str, batch: int
     assert launch.one_row_a_thread(compiled(packed, batch))
 
 
+@pytest.mark.parametrize("batch", [1, 12, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_kernels_take_scales_of_every_width(dtype: torch.dtype, batch: int) -> None:
+    """Scales stay float32 where 16 bits would round them, as those of nested quantization do."""
+    pytest.importorskip("triton")
+    packed = pack(torch.randn(64, 1024, generator=torch.Generator().manual_seed(3)).to(dtype), "nf4")
+    assert packed.scales.dtype == dtype
+    assert compiled(packed, batch).asm["cubin"]
+
+
 @pytest.mark.parametrize(("format", "batch"), [("nf4", 64), ("int4", 20), ("int8", 200)])
 def test_many_activations_are_multiplied_by_whole_warp_groups(format: str, batch: int) -> None:
     pytest.importorskip("triton")
