@@ -179,6 +179,7 @@ def int8_linear(module: nn.Module, config: Any, group: int | None) -> nn.Module 
     if group is not None and linear.in_features % group:
         return f"input width {linear.in_features} is not divided by the group of {group}"
     quantize_(linear, config, filter_fn=None)
+    vars(linear).pop("extra_repr", None)  # torchao's is bound to a partial, which no other process can be sent
     if linear.bias is not None:
         linear.bias.requires_grad_(False)
     return linear

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -148,6 +149,16 @@ def test_training_needs_an_adapter() -> None:
     options = plugin().technique.options()
     assert plugin().configure(options=options, task="train", machine=detect()).needs == {"adapter"}
     assert not plugin().configure(options=options, task="score", machine=detect()).needs
+
+
+def test_a_quantized_model_can_be_sent_to_another_process(make_trial: Any) -> None:
+    model, _ = tiny_model("llama")
+    apply(model, make_trial)
+    layers = dict(plugin().int8_layers(model))
+    assert layers
+    for layer in layers.values():
+        again = pickle.loads(pickle.dumps(layer))
+        assert torch.equal(again.weight.qdata, layer.weight.qdata) and torch.equal(again.weight.scale, layer.weight.scale)
 
 
 def test_a_quantized_model_is_refused(make_trial: Any) -> None:
