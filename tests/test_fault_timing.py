@@ -130,8 +130,9 @@ def test_true_comparisons_are_made_and_a_failed_one_is_named(tmp_path: Path) -> 
     assert "--repeats" in planted["failed"] and "valid integer" in timing.line(planted)
 
 
-def test_the_docs_say_what_was_found() -> None:
-    raw = json.loads((ROOT / "benchmarks" / "results" / "faults-timing.json").read_text())
+@pytest.mark.parametrize("name", ["faults-timing", "faults-timing-side-by-side"])
+def test_the_docs_say_what_was_found(name: str) -> None:
+    raw = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     page = re.sub(r"\s+", " ", (ROOT / "docs" / "faults.md").read_text(encoding="utf-8"))
     assert timing.sentence(raw) in page
     assert {figure["name"]: figure["met"] for figure in raw["figures"]}
