@@ -1,7 +1,7 @@
 """Linear layers whose weights stay packed in 4 or 8 bits: ``pack``, ``WeightOnlyLinear``, ``fuse``.
 
 Decoding few sequences reads every weight once a token and does little else, so bytes are time. The layer multiplies packed weights
-directly up to 128 activations (``weight_only_launch``) and expands the weight for more. Formats: ``nf4`` and ``fp4`` (bitsandbytes' values
+directly up to 256 activations (``weight_only_launch``) and expands the weight for more. Formats: ``nf4`` and ``fp4`` (bitsandbytes' values
 and blocks), ``int4`` (groups with scale and zero, as GPTQ and AWQ store them), ``int8`` (one scale a row).
 """
 

@@ -1,6 +1,6 @@
 """Packed weights in plain Triton, without assembly: for older GPUs, for expanding weights, and for the interpreter on a CPU.
 
-The twin of ``weight_only_triton``: one element at a time, by the layout's definition.
+The twin of the kernels with inline assembly: one element at a time, by the layout's definition.
 """
 
 # Triton reads the kernels' own annotations.
