@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from optkit_plugins.kernels.parallel_exchange import Exchange
+from optkit_plugins.kernels.parallel.exchange import Exchange
 
 HIDDEN, LOGITS = 4096, 64128  # of Llama-3.1-8B: hidden states, and half of the vocabulary
 

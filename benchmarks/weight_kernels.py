@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from optkit_plugins.kernels import weight_only_formats as formats
-from optkit_plugins.kernels.fused_projections import fuse_projections
-from optkit_plugins.kernels.weight_only import WeightOnlyLinear
-from optkit_plugins.kernels.weight_only_launch import Fused, product
-from optkit_plugins.kernels.weight_only_variants import MANY, Few, Row, Wide, choose
-from optkit_plugins.kernels.weight_only_whole import expand, plain_expand
+from optkit_plugins.kernels.fused.projections import fuse_projections
+from optkit_plugins.kernels.packed import formats
+from optkit_plugins.kernels.packed.launch import Fused, product
+from optkit_plugins.kernels.packed.linear import WeightOnlyLinear
+from optkit_plugins.kernels.packed.variants import MANY, Few, Row, Wide, choose
+from optkit_plugins.kernels.packed.whole import expand, plain_expand
 
 SHAPES = {"gate_up": (28672, 4096), "down": (4096, 14336), "qkv": (6144, 4096), "o": (4096, 4096), "head": (128256, 4096)}
 BATCHES = (1, 4, 8, 16, 32, 48, 64, 128, 256)

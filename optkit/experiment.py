@@ -24,7 +24,7 @@ from optkit.stats import speed_up
 from optkit.store import RecordStore
 
 #: Samples that are timed at least, and new tokens of each at most. A whole batch is timed in any case.
-TIMED = {"cpu": (8, 32), "cuda": (1, 128)}
+TIMED = {"cpu": (8, 16), "cuda": (1, 128)}
 SHOWN_OUTPUTS = 50
 #: Rounds of ``--thorough``: a slow-down of 5 % is found in 9 of 10 runs on a noisy machine (20 rounds find it in 7, tests/test_aa.py).
 THOROUGH_ROUNDS = 40

@@ -36,7 +36,7 @@ def test_a_table_that_is_the_head_too_is_read():
 def test_packed_weights_count_as_the_weights_that_they_stand_for():
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from optkit_plugins.kernels.weight_only import WeightOnlyLinear
+    from optkit_plugins.kernels.packed.linear import WeightOnlyLinear
 
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=False

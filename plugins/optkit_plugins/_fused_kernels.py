@@ -47,10 +47,10 @@ def take_over(
     """
     if not wanted(kernel, trial.task, trial.machine):
         return
-    from optkit_plugins.kernels.weight_only_convert import use_fused_kernels
+    from optkit_plugins.kernels.packed.convert import use_fused_kernels
 
     if kernel == "auto":
-        from optkit_plugins.kernels.weight_only import why_slow
+        from optkit_plugins.kernels.packed.linear import why_slow
 
         slow = why_slow(model.dtype)
         if slow:
@@ -63,7 +63,7 @@ def take_over(
 
 def layers(model: PreTrainedModel) -> dict[str, Any]:
     """Name -> layer whose weight was moved to the fused kernel. Nothing is imported for it."""
-    kernels = sys.modules.get("optkit_plugins.kernels.weight_only")
+    kernels = sys.modules.get("optkit_plugins.kernels.packed.linear")
     return {} if kernels is None else {name: m for name, m in model.named_modules() if isinstance(m, kernels.WeightOnlyLinear)}
 
 
@@ -94,7 +94,7 @@ def add_facts(facts: dict[str, Any], model: PreTrainedModel, trial: TrialContext
 def give_back(model: PreTrainedModel) -> None:
     """Put every layer back into its library's form, codes and scales unchanged: that is what is saved."""
     vars(model).pop("save_pretrained", None)
-    kernels = sys.modules.get("optkit_plugins.kernels.weight_only_convert")
+    kernels = sys.modules.get("optkit_plugins.kernels.packed.convert")
     if kernels is not None:
         kernels.give_back(model)
 

@@ -98,7 +98,7 @@ def wrap_engine(engine: Engine, trial: TrialContext) -> Engine | None:
     if type(engine) is not TransformersEngine:
         raise UnavailableError(f"packed rows need the default engine, and this plan has '{engine.name}'; set batching.kind=length")
 
-    from optkit_plugins.kernels.packed_rows import PackedEngine
+    from optkit_plugins.kernels.scoring.packed_rows import PackedEngine
 
     return PackedEngine(engine.model, engine.trial)
 

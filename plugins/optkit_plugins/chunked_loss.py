@@ -39,7 +39,7 @@ technique = Technique(
 
 @hookimpl
 def build_engine(model: PreTrainedModel, trial: TrialContext) -> Engine:
-    from optkit_plugins.kernels.chunked_engine import ChunkedEngine
+    from optkit_plugins.kernels.scoring.engine import ChunkedEngine
 
     options = trial.options
     assert isinstance(options, ChunkedLossOptions)

@@ -118,10 +118,10 @@ def products(options: CompileOptions, device: str) -> str:
 
 @hookimpl
 def build_engine(model: PreTrainedModel, trial: TrialContext) -> Engine:
-    from optkit_plugins.kernels.compiled_engine import CompiledEngine
-    from optkit_plugins.kernels.drafting_engine import DraftingEngine
-    from optkit_plugins.kernels.fused_graph import with_products
-    from optkit_plugins.kernels.ragged_engine import RaggedEngine
+    from optkit_plugins.kernels.decode.engine import CompiledEngine
+    from optkit_plugins.kernels.fused.graph import with_products
+    from optkit_plugins.kernels.ragged.engine import RaggedEngine
+    from optkit_plugins.kernels.speculative.compiled_engine import DraftingEngine
 
     options = trial.options
     assert isinstance(options, CompileOptions)
@@ -146,7 +146,7 @@ def build_engine(model: PreTrainedModel, trial: TrialContext) -> Engine:
 
 
 def fuse(model: PreTrainedModel) -> dict[str, Any]:
-    from optkit_plugins.kernels.fused_projections import fuse_projections
+    from optkit_plugins.kernels.fused.projections import fuse_projections
 
     return fuse_projections(model)
 

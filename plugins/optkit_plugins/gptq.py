@@ -128,7 +128,7 @@ def pack_layers(model: PreTrainedModel, stored: dict[str, Any]) -> dict[str, str
     """
     from torch import nn
 
-    from optkit_plugins.kernels.weight_only_convert import exchange, from_grid
+    from optkit_plugins.kernels.packed.convert import exchange, from_grid
 
     left: dict[str, str] = {}
     made: nn.Module | str

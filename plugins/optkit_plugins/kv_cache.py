@@ -94,7 +94,7 @@ def wrap_engine(engine: Engine, trial: TrialContext) -> Engine | None:
     if type(engine) is not TransformersEngine:
         raise UnavailableError(f"a quantized cache needs the default engine, and this plan has '{engine.name}'; leave out one of them")
 
-    from optkit_plugins.kernels.quantized_engine import QuantizedCacheEngine
+    from optkit_plugins.kernels.memory.quantized_engine import QuantizedCacheEngine
 
     return QuantizedCacheEngine(engine.model, engine.trial)
 

@@ -1,7 +1,7 @@
 """Offload: the last decoder layers (and, if asked, the KV cache) live where memory is cheap and visit the device for their own forward.
 
 On a GPU they live in pinned host memory; on a CPU in files that the system maps into memory and may drop again. While one layer computes,
-the next one's weights are copied on a second stream into one of two buffers (``kernels.prefetch``), so the outputs are the same to the bit
+the next one's weights are copied on a second stream into one of two buffers (``kernels.memory.prefetch``), so the outputs are the same to the bit
 and the bus is never idle (FlexGen, Sheng et al. 2023, arXiv:2303.06865, tells how far such a design can go). Price: speed, a lot of it:
 every step waits for the offloaded bytes to cross the bus once, however small the batch. The last resort against out-of-memory: quantize
 first, take a smaller batch first. Not where the model fits.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from optkit import TrialContext
-    from optkit_plugins.kernels.prefetch import Ring
+    from optkit_plugins.kernels.memory.prefetch import Ring
 
 #: Share of the free memory that weights may take; the rest is for activations and the KV cache.
 FILL = 0.85
@@ -67,7 +67,7 @@ def configure(options: OffloadOptions, machine: Machine) -> Claims:
 def transform_model(model: PreTrainedModel, trial: TrialContext) -> None:
     import torch
 
-    from optkit_plugins.kernels.prefetch import Ring
+    from optkit_plugins.kernels.memory.prefetch import Ring
 
     options = trial.options
     assert isinstance(options, OffloadOptions)
@@ -95,7 +95,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 def layers_that_do_not_fit(model: PreTrainedModel, layers: list[nn.Module], device: str) -> int:
     """How many of the last layers must stay away so that the others, and two buffers for visitors, fit."""
-    from optkit_plugins.kernels.prefetch import travelling_bytes
+    from optkit_plugins.kernels.memory.prefetch import travelling_bytes
 
     total, room = stored_bytes(model), FILL * memory_for_weights(model, device)
     sizes = [travelling_bytes(layer) for layer in layers]

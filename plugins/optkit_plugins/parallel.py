@@ -101,7 +101,7 @@ def transform_model(model: PreTrainedModel, trial: TrialContext) -> PreTrainedMo
     if options.mode == "tensor":
         return slice_up(model, trial, devices)
 
-    from optkit_plugins.kernels.parallel_workers import Worker
+    from optkit_plugins.kernels.parallel.workers import Worker
 
     workers = [Worker(model, device, seed=trial.seed + rank) for rank, device in enumerate(devices[1:], 1)]
     trial.notes["parallel"] = {"devices": devices, "workers": workers}
@@ -110,7 +110,7 @@ def transform_model(model: PreTrainedModel, trial: TrialContext) -> PreTrainedMo
 
 def spread_layers(model: PreTrainedModel, devices: list[str]) -> list[str]:
     """:return: the devices used. :raises UnavailableError: for a model that is no stack of layers."""
-    from optkit_plugins.kernels.parallel_layers import spread
+    from optkit_plugins.kernels.parallel.layers import spread
 
     try:
         return spread(model, devices)
@@ -120,8 +120,8 @@ def spread_layers(model: PreTrainedModel, devices: list[str]) -> list[str]:
 
 def slice_up(model: PreTrainedModel, trial: TrialContext, devices: list[str]) -> PreTrainedModel:
     """This process's slices of the model; each other device's process takes its own."""
-    from optkit_plugins.kernels.parallel_tensor import sharder
-    from optkit_plugins.kernels.parallel_workers import Worker, joined_already, leave
+    from optkit_plugins.kernels.parallel.tensor import sharder
+    from optkit_plugins.kernels.parallel.workers import Worker, joined_already, leave
 
     check_sliceable(model, len(devices))
     if joined_already():
@@ -143,7 +143,7 @@ def slice_up(model: PreTrainedModel, trial: TrialContext, devices: list[str]) ->
 def check_sliceable(model: PreTrainedModel, count: int) -> None:
     """:raises UnavailableError: for a model without a plan, or with one that holds more than linear layers of a divisible size (experts,
     say). :raises UsageError: where slices are not whole heads."""
-    from optkit_plugins.kernels.parallel_tensor import why_whole
+    from optkit_plugins.kernels.parallel.tensor import why_whole
 
     if not model.tp_plan:
         raise UnavailableError(
@@ -176,8 +176,8 @@ def wrap_engine(engine: Engine, trial: TrialContext) -> Engine | None:
     if not isinstance(engine, TransformersEngine):
         raise UnavailableError(f"another process cannot build the engine '{engine.name}' as this one did; leave out its technique")
 
-    from optkit_plugins.kernels.parallel_engines import Lockstep, Replicas
-    from optkit_plugins.kernels.parallel_workers import portable, settle
+    from optkit_plugins.kernels.parallel.engines import Lockstep, Replicas
+    from optkit_plugins.kernels.parallel.workers import portable, settle
 
     notes = trial.notes["parallel"]
     for worker in notes["workers"]:
@@ -224,8 +224,8 @@ def prove_effect(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
 
 def tensor_facts(model: PreTrainedModel) -> dict[str, Any]:
     """The slices of this process, and how processes exchange what they have computed."""
-    from optkit_plugins.kernels.parallel_exchange import joined
-    from optkit_plugins.kernels.parallel_tensor import sliced
+    from optkit_plugins.kernels.parallel.exchange import joined
+    from optkit_plugins.kernels.parallel.tensor import sliced
 
     exchange = joined()
     facts: dict[str, Any] = {**sliced(model), "exchange": exchange.form}

@@ -72,7 +72,7 @@ def wrap_engine(engine: Engine, trial: TrialContext) -> Engine | None:
     if type(engine) is not TransformersEngine:
         raise UnavailableError(f"drafts need an engine that verifies them, and this plan has '{engine.name}'; leave out one of them")
 
-    from optkit_plugins.kernels.speculative_engine import SpeculativeEngine
+    from optkit_plugins.kernels.speculative.engine import SpeculativeEngine
 
     return SpeculativeEngine(engine.model, engine.trial, adaptive=options.adaptive)
 

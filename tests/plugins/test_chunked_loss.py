@@ -18,10 +18,10 @@ from optkit.plan import Choice, make_plan  # noqa: E402
 from optkit.proof import ACTIVE, verdict  # noqa: E402
 from optkit.registry import discover  # noqa: E402
 from optkit_plugins import chunked_loss  # noqa: E402
-from optkit_plugins.kernels.attention import EngineAttention  # noqa: E402
-from optkit_plugins.kernels.compiled_scoring import CompiledScorer  # noqa: E402
-from optkit_plugins.kernels.packed_rows import PackedEngine  # noqa: E402
-from optkit_plugins.kernels.scoring import BodyAndHead  # noqa: E402
+from optkit_plugins.kernels.attention.interface import EngineAttention  # noqa: E402
+from optkit_plugins.kernels.scoring.compiled import CompiledScorer  # noqa: E402
+from optkit_plugins.kernels.scoring.packed_rows import PackedEngine  # noqa: E402
+from optkit_plugins.kernels.scoring.positions import BodyAndHead  # noqa: E402
 from tests.plugins.tiny import KINDS, VOCAB, ragged_prompts, tiny_model  # noqa: E402
 
 CPU = dataclasses.replace(detect(), device="cpu")
@@ -111,7 +111,7 @@ def scorer_of(name, model, make_trial):
 def test_no_more_logits_are_made_than_are_asked_for(name, make_trial, monkeypatch):
     model, _ = tiny_model("llama", vocab_size=WORDS)
     scorer = scorer_of(name, model, make_trial)
-    monkeypatch.setattr("optkit_plugins.kernels.scoring.CHUNK", {"cpu": 16})
+    monkeypatch.setattr("optkit_plugins.kernels.scoring.positions.CHUNK", {"cpu": 16})
     plain = TransformersEngine(model, make_trial("batching", None, task="score"))
     with Largest(model) as seen:
         plain.score(SEQUENCES, STARTS)

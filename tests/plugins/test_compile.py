@@ -50,14 +50,14 @@ def test_ragged_batches_get_the_tokens_of_a_plain_loop_without_cache(kind, make_
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_over_each_rows_own_columns_gives_the_same_tokens(kind, make_trial, monkeypatch):
     """What a GPU does, with the kernel's plain twin: spans instead of masks, and padding behind the prompts."""
-    monkeypatch.setattr("optkit_plugins.kernels.attention.runs_on", lambda device: True)
+    monkeypatch.setattr("optkit_plugins.kernels.attention.interface.runs_on", lambda device: True)
     model, tokenizer = tiny_model(kind)
     prompts, new_tokens = ragged_prompts((5, 37, 3, 40)), 20
     expected = plain_greedy(model, prompts, new_tokens)
     engine, trial = engine_of(without_end(model), None, make_trial)
     assert engine.attention.spans
     engine.records, engine.pool = True, None
-    monkeypatch.setattr("optkit_plugins.kernels.compiled_engine.Recorded", lambda function, pool: function)
+    monkeypatch.setattr("optkit_plugins.kernels.decode.engine.Recorded", lambda function, pool: function)
     monkeypatch.setattr(engine, "compiled_step", lambda method, name: method)
     assert engine.generate(prompts, new_tokens=new_tokens) == expected
     assert engine.generate(prompts[1:2], new_tokens=new_tokens) == expected[1:2]

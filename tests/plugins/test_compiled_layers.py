@@ -9,8 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from optkit_plugins import compile as compiling  # noqa: E402
-from optkit_plugins.kernels.compiled_layers import CompiledLayers  # noqa: E402
-from optkit_plugins.kernels.fused_projections import fuse_projections  # noqa: E402
+from optkit_plugins.kernels.decode.layers import CompiledLayers  # noqa: E402
+from optkit_plugins.kernels.fused.projections import fuse_projections  # noqa: E402
 from tests.plugins.tiny import KINDS, plain_greedy, ragged_prompts, tiny_model  # noqa: E402
 
 STATIC = {"generate.cache": "static"}
@@ -55,7 +55,7 @@ def test_prompts_steps_and_scores_need_one_graph_a_kind_of_layer(kind, make_tria
 
 @pytest.mark.parametrize(("kind", "spans"), [("llama", False), ("gemma2", True)])
 def test_all_shapes_share_the_graphs_of_their_layers(kind, spans, make_trial, monkeypatch):
-    monkeypatch.setattr("optkit_plugins.kernels.attention.runs_on", lambda device: spans)
+    monkeypatch.setattr("optkit_plugins.kernels.attention.interface.runs_on", lambda device: spans)
     model, _ = tiny_model(kind, num_hidden_layers=3)
     engine, _ = engine_of(model, make_trial, steps="layers")
     known = {}

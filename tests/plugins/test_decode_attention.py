@@ -12,13 +12,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from optkit_plugins.kernels import decode_attention as decoding  # noqa: E402
-from optkit_plugins.kernels.decode_attention import decode_attention, spans_mask  # noqa: E402
+from optkit_plugins.kernels.attention import decode as decoding  # noqa: E402
+from optkit_plugins.kernels.attention.decode import decode_attention, spans_mask  # noqa: E402
 
 INTERPRETED = """
 import json, torch
 from triton.runtime import interpreter
-from optkit_plugins.kernels.decode_attention import launch, plain_decode_attention
+from optkit_plugins.kernels.attention.decode import launch, plain_decode_attention
 
 plain_patch = interpreter._patch_lang_tensor
 def patch(tensor, scope):  # the interpreter of Triton 3.6 does not loop to a run-time bound under numpy 2.4
@@ -86,7 +86,7 @@ def test_the_kernels_compile_for_each_generation_of_gpu(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from optkit_plugins.kernels import decode_attention_triton as kernel
+    from optkit_plugins.kernels.attention import decode_triton as kernel
 
     element = "*fp16" if capability == 75 else "*bf16"
     types = dict.fromkeys(("query", "keys", "values", "out", "new_keys", "new_values", "cos", "sin"), element)

@@ -12,13 +12,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from optkit_plugins.kernels.decode_step_attention import decode_step_attention, turned  # noqa: E402
+from optkit_plugins.kernels.attention.decode_step import decode_step_attention, turned  # noqa: E402
 
 INTERPRETED = """
 import json, torch
 from triton.runtime import interpreter
-from optkit_plugins.kernels.decode_attention import Fresh, launch
-from optkit_plugins.kernels.decode_step_attention import plain_step_attention
+from optkit_plugins.kernels.attention.decode import Fresh, launch
+from optkit_plugins.kernels.attention.decode_step import plain_step_attention
 
 plain_patch = interpreter._patch_lang_tensor
 def patch(tensor, scope):  # the interpreter of Triton 3.6 does not loop to a run-time bound under numpy 2.4

@@ -12,12 +12,12 @@ from tests.plugins.tiny import KINDS, plain_greedy, tiny_model
 
 torch = pytest.importorskip("torch")
 
-from optkit_plugins.kernels import attention as attending  # noqa: E402
-from optkit_plugins.kernels import matvec as multiplying  # noqa: E402
-from optkit_plugins.kernels.decode import Sampler, Slot, highest_of_parts  # noqa: E402
-from optkit_plugins.kernels.fused_graph import StepPass, with_products  # noqa: E402
-from optkit_plugins.kernels.fused_product import CALLS, plain_fused  # noqa: E402
-from optkit_plugins.kernels.fused_projections import fuse_projections  # noqa: E402
+from optkit_plugins.kernels.attention import interface as attending  # noqa: E402
+from optkit_plugins.kernels.decode.loop import Sampler, Slot, highest_of_parts  # noqa: E402
+from optkit_plugins.kernels.fused import matvec as multiplying  # noqa: E402
+from optkit_plugins.kernels.fused.graph import StepPass, with_products  # noqa: E402
+from optkit_plugins.kernels.fused.product import CALLS, plain_fused  # noqa: E402
+from optkit_plugins.kernels.fused.projections import fuse_projections  # noqa: E402
 
 # torch's own compiler still imports modules that use it
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch\\.jit\\.:DeprecationWarning")
@@ -138,7 +138,7 @@ def test_the_cache_is_written_in_place_and_nothing_else_of_it_is_left() -> None:
 
 
 def test_what_others_use_is_not_swallowed() -> None:
-    from optkit_plugins.kernels.matvec import matvec
+    from optkit_plugins.kernels.fused.matvec import matvec
 
     torch.manual_seed(0)
     weight, norm = (torch.randn(32, 64) / 8).bfloat16(), torch.rand(64).bfloat16()
@@ -158,8 +158,8 @@ def test_what_others_use_is_not_swallowed() -> None:
 
 
 def test_a_registered_product_is_fused_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from optkit_plugins.kernels import fused_product
-    from optkit_plugins.kernels.matvec import matvec
+    from optkit_plugins.kernels.fused import product as fused_product
+    from optkit_plugins.kernels.fused.matvec import matvec
 
     one = torch.ops.optkit.matvec.default
     monkeypatch.setitem(fused_product.FUSED, one, fused_product.Fused(torch.ops.optkit.fused_matvec.default, lambda node: False))

@@ -12,8 +12,8 @@ from tests.plugins.tiny import plain_greedy, ragged_prompts, tiny_model
 
 torch = pytest.importorskip("torch")
 
-from optkit_plugins.kernels.fused_projections import Joined, fuse_projections, joined_layers, split_projections  # noqa: E402
-from optkit_plugins.kernels.weight_only import WeightOnlyLinear  # noqa: E402
+from optkit_plugins.kernels.fused.projections import Joined, fuse_projections, joined_layers, split_projections  # noqa: E402
+from optkit_plugins.kernels.packed.linear import WeightOnlyLinear  # noqa: E402
 
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "opt")
 IDS = torch.arange(3, 20)[None]

@@ -189,7 +189,7 @@ def test_the_saved_folder_loads_with_the_same_logits(kind: str, options: dict[st
 def test_the_fused_kernels_layers_are_told_and_saved_as_torchaos(make_trial: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from optkit_plugins.kernels.weight_only import WeightOnlyLinear
+    from optkit_plugins.kernels.packed.linear import WeightOnlyLinear
 
     library, _ = tiny_model("llama", hidden_size=128, num_hidden_layers=1, intermediate_size=160)
     model, _ = tiny_model("llama", hidden_size=128, num_hidden_layers=1, intermediate_size=160)

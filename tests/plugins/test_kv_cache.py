@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 from optkit import TransformersEngine, UnavailableError  # noqa: E402
 from optkit.machine import detect  # noqa: E402
 from optkit_plugins import kv_cache  # noqa: E402
-from optkit_plugins.kernels.quantized_cache import Packed, QuantizedBlockCache, value_group  # noqa: E402
+from optkit_plugins.kernels.memory.quantized_cache import Packed, QuantizedBlockCache, value_group  # noqa: E402
 from tests.plugins.tiny import plain_greedy, ragged_prompts, tiny_model  # noqa: E402
 
 CPU = dataclasses.replace(detect(), device="cpu")

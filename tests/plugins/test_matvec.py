@@ -12,13 +12,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from optkit_plugins.kernels import matvec as multiplying  # noqa: E402
-from optkit_plugins.kernels.fused_graph import StepPass, with_products  # noqa: E402
-from optkit_plugins.kernels.matvec import MatvecPass, fused_matvec, matvec  # noqa: E402
+from optkit_plugins.kernels.fused import matvec as multiplying  # noqa: E402
+from optkit_plugins.kernels.fused.graph import StepPass, with_products  # noqa: E402
+from optkit_plugins.kernels.fused.matvec import MatvecPass, fused_matvec, matvec  # noqa: E402
 
 INTERPRETED = """
 import json, torch
-from optkit_plugins.kernels.matvec import launch
+from optkit_plugins.kernels.fused.matvec import launch
 
 CASES = [  # rows, columns, what is there, outputs a program
     (24, 2048, "bias", 1), (7, 4096, "", 1), (5, 2048 + 72, "bias", 1), (9, 200, "", 1),
@@ -65,7 +65,7 @@ def test_the_kernel_compiles_for_each_generation_of_gpu(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from optkit_plugins.kernels import matvec_triton as kernel
+    from optkit_plugins.kernels.fused import matvec_triton as kernel
 
     values = {"COLUMNS": 14336, "BLOCK": 2048, "LINES": 2, "EARLY": capability >= 90}
     values |= dict.fromkeys(("NORM", "BIAS", "RESIDUAL", "GATED"), True)

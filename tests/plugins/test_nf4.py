@@ -163,7 +163,7 @@ def test_auto_takes_the_fused_kernel_where_a_gpu_generates() -> None:
 def test_auto_says_why_the_library_multiplies(
     options: dict[str, Any], reason: str, make_trial: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optkit_plugins.kernels.weight_only.has_triton", lambda: True)
+    monkeypatch.setattr("optkit_plugins.kernels.packed.linear.has_triton", lambda: True)
     model, _ = tiny_model("llama")
     technique = plugin("nf4")
     trial = make_trial("nf4", technique.technique.options(**options), machine=GPU)

@@ -122,7 +122,7 @@ def test_a_pass_that_breaks_off_leaves_the_next_one_right(make_trial: Any) -> No
 
 def test_packed_weights_that_are_buffers_travel(make_trial: Any) -> None:
     from optkit.modules import linears, replace
-    from optkit_plugins.kernels.weight_only import WeightOnlyLinear
+    from optkit_plugins.kernels.packed.linear import WeightOnlyLinear
 
     model, _ = tiny_model("llama")
     for name, linear in list(linears(model)):

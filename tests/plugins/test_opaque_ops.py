@@ -7,8 +7,11 @@ import torch
 from torch._inductor.utils import fresh_cache
 from torch._library.custom_ops import OPDEFS
 
-from optkit_plugins.kernels import decode_step_attention, matvec, parallel_exchange, weight_only  # noqa: F401 (they define the operators)
-from optkit_plugins.kernels.opaque_ops import make_known
+from optkit_plugins.kernels.attention import decode_step  # noqa: F401 (these modules define the operators)
+from optkit_plugins.kernels.decode.opaque_ops import make_known
+from optkit_plugins.kernels.fused import matvec  # noqa: F401
+from optkit_plugins.kernels.packed import linear  # noqa: F401
+from optkit_plugins.kernels.parallel import exchange  # noqa: F401
 
 # torch's own compiler still imports modules that use it
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch\\.jit\\.:DeprecationWarning")

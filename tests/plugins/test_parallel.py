@@ -12,8 +12,8 @@ import torch
 import optkit
 from optkit import Engine, Machine, OptkitError, UnavailableError, UsageError
 from optkit_plugins import parallel
-from optkit_plugins.kernels.parallel_engines import Lockstep, Replicas
-from optkit_plugins.kernels.parallel_workers import Worker, settle
+from optkit_plugins.kernels.parallel.engines import Lockstep, Replicas
+from optkit_plugins.kernels.parallel.workers import Worker, settle
 from tests.plugins.tiny import plain_greedy, ragged_prompts, tiny_model
 
 PROMPTS = ragged_prompts((5, 12, 3, 9, 7))

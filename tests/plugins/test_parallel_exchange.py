@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from optkit_plugins.kernels import parallel_exchange
-from optkit_plugins.kernels.fused_graph import StepPass
-from optkit_plugins.kernels.parallel_exchange import CAPACITY, Inboxes
+from optkit_plugins.kernels.fused.graph import StepPass
+from optkit_plugins.kernels.parallel import exchange as parallel_exchange
+from optkit_plugins.kernels.parallel.exchange import CAPACITY, Inboxes
 
 INTERPRETED = """
 import json, os, sys, torch
-from optkit_plugins.kernels.parallel_exchange import CAPACITY, Inboxes
+from optkit_plugins.kernels.parallel.exchange import CAPACITY, Inboxes
 
 world = int(sys.argv[1])
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ import torch
 
 from optkit import UnavailableError
 from optkit_plugins import parallel
-from optkit_plugins.kernels.parallel_layers import Copies, balanced, decoder_layers, spread
+from optkit_plugins.kernels.parallel.layers import Copies, balanced, decoder_layers, spread
 from tests.plugins.tiny import plain_greedy, ragged_prompts, tiny_model
 
 PROMPTS = ragged_prompts((5, 12, 3))

@@ -11,10 +11,10 @@ from torch import distributed as dist
 import optkit
 from optkit import UnavailableError
 from optkit_plugins import parallel
-from optkit_plugins.kernels import parallel_tensor
-from optkit_plugins.kernels.parallel_exchange import join
-from optkit_plugins.kernels.parallel_tensor import check, sliced, why_whole
-from optkit_plugins.kernels.parallel_workers import leave
+from optkit_plugins.kernels.parallel import tensor as parallel_tensor
+from optkit_plugins.kernels.parallel.exchange import join
+from optkit_plugins.kernels.parallel.tensor import check, sliced, why_whole
+from optkit_plugins.kernels.parallel.workers import leave
 from tests.plugins.tiny import plain_greedy, ragged_prompts, tiny_model
 
 #: "gathered": the plan of models that norm whole queries and keys (OLMo 2). "tied": the head is the embedding. "odd": a vocabulary that two cannot share. "biased": biases in every projection.

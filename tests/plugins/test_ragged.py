@@ -17,9 +17,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from optkit import TransformersEngine, UnavailableError  # noqa: E402
 from optkit_plugins import compile as compiling  # noqa: E402
-from optkit_plugins.kernels import ragged_engine  # noqa: E402
-from optkit_plugins.kernels.attention import by_spans  # noqa: E402
-from optkit_plugins.kernels.ragged_schedule import Schedule, shared_prefixes  # noqa: E402
+from optkit_plugins.kernels.attention.interface import by_spans  # noqa: E402
+from optkit_plugins.kernels.ragged import engine as ragged_engine  # noqa: E402
+from optkit_plugins.kernels.ragged.schedule import Schedule, shared_prefixes  # noqa: E402
 from tests.plugins.tiny import KINDS, plain_greedy, ragged_prompts, tiny_model  # noqa: E402
 
 LENGTHS = (5, 12, 3, 30, 1, 9, 7, 22, 6)

@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from optkit_plugins.kernels.recorded import Recorded, without_recording  # noqa: E402
+from optkit_plugins.kernels.decode.recorded import Recorded, without_recording  # noqa: E402
 
 
 class Graphs:

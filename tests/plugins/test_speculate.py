@@ -21,10 +21,11 @@ from optkit.proof import ACTIVE, NO_EFFECT, verdict  # noqa: E402
 from optkit.registry import discover  # noqa: E402
 from optkit.sources import bundled_folder  # noqa: E402
 from optkit_plugins import speculate  # noqa: E402
-from optkit_plugins.kernels import payoff, speculative_engine  # noqa: E402
-from optkit_plugins.kernels.decode import Sampler  # noqa: E402
-from optkit_plugins.kernels.payoff import Payoff  # noqa: E402
-from optkit_plugins.kernels.speculative import SpeculativeSlot  # noqa: E402
+from optkit_plugins.kernels.decode.loop import Sampler  # noqa: E402
+from optkit_plugins.kernels.speculative import engine as speculative_engine  # noqa: E402
+from optkit_plugins.kernels.speculative import payoff  # noqa: E402
+from optkit_plugins.kernels.speculative.lookup import SpeculativeSlot  # noqa: E402
+from optkit_plugins.kernels.speculative.payoff import Payoff  # noqa: E402
 from tests.plugins.tiny import KINDS, plain_greedy, ragged_prompts, tiny_model  # noqa: E402
 
 CPU = dataclasses.replace(detect(), device="cpu")

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from optkit import TransformersEngine, UsageError  # noqa: E402
 from optkit_plugins import compile as compiling  # noqa: E402
 from optkit_plugins import speculate  # noqa: E402
-from optkit_plugins.kernels.attention import by_spans  # noqa: E402
+from optkit_plugins.kernels.attention.interface import by_spans  # noqa: E402
 from tests.plugins.tiny import KINDS, plain_greedy, ragged_prompts, tiny_model  # noqa: E402
 
 #: Ragged, and each twice over, so that a draft is found from the first step on.

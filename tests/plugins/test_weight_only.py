@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from optkit.modules import plain_tensors
-from optkit_plugins.kernels import weight_only_formats as formats
-from optkit_plugins.kernels.weight_only import FORMATS, WeightOnlyLinear, fuse, pack, weight_only_linear, why_not
-from optkit_plugins.kernels.weight_only_convert import from_grid, give_back, use_fused_kernels
-from optkit_plugins.kernels.weight_only_variants import choose
+from optkit_plugins.kernels.packed import formats
+from optkit_plugins.kernels.packed.convert import from_grid, give_back, use_fused_kernels
+from optkit_plugins.kernels.packed.linear import FORMATS, WeightOnlyLinear, fuse, pack, weight_only_linear, why_not
+from optkit_plugins.kernels.packed.variants import choose
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_assembly_and_layout_give_the_product(kind: str, dtype: torch.dtype) -> 
     """One tile by eight activations, from the packed words to the sums, with the assembly that the GPU runs."""
     pytest.importorskip("triton")
     emulator = pytest.importorskip("tests.plugins.weight_only_emulator")
-    from optkit_plugins.kernels import weight_only_assembly as kernel
+    from optkit_plugins.kernels.packed import assembly as kernel
 
     generator = torch.Generator().manual_seed(2)
     format, bfloat16 = kind.split("-")[0], dtype == torch.bfloat16
@@ -153,7 +153,7 @@ def compiled(packed: formats.Packed, batch: int, **fused: Any) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from optkit_plugins.kernels import weight_only_launch as launch
+    from optkit_plugins.kernels.packed import launch
 
     x = torch.zeros(batch, packed.shape[1], dtype=torch.bfloat16)
     variant = choose(packed.format, batch, *packed.words.shape[:2], gated=fused.get("gated", False))
@@ -174,7 +174,7 @@ def compiled(packed: formats.Packed, batch: int, **fused: Any) -> Any:
 @pytest.mark.parametrize(("format", "batch"), [("nf4", 1), ("int4", 1), ("int8", 1), ("nf4", 12), ("int4", 5), ("int8", 8)])
 def test_triton_lays_registers_out_as_the_assembly_needs(format: str, batch: int) -> None:
     pytest.importorskip("triton")
-    from optkit_plugins.kernels import weight_only_launch as launch
+    from optkit_plugins.kernels.packed import launch
 
     packed = pack(torch.randn(64, 4096, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16), format)
     assert launch.one_row_a_thread(compiled(packed, batch))
@@ -204,7 +204,7 @@ def test_many_activations_are_multiplied_by_whole_warp_groups(format: str, batch
 def test_launches_give_every_argument_its_place(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch is prepared once, and called with the tensors of the moment: as many arguments as the kernel has."""
     pytest.importorskip("triton")
-    from optkit_plugins.kernels import weight_only_launch as launch
+    from optkit_plugins.kernels.packed import launch
 
     packed = pack(torch.randn(64, 256).to(torch.bfloat16), "int4")
     x, calls = torch.zeros(batch, 256, dtype=torch.bfloat16), []
@@ -233,8 +233,11 @@ def test_launches_give_every_argument_its_place(batch: int, monkeypatch: pytest.
 
 INTERPRETED = """
 import json, torch
-from optkit_plugins.kernels import weight_only_formats as formats, weight_only_launch as launch, weight_only_whole as whole
-from optkit_plugins.kernels import weight_only_lookup as lookup, weight_only_wide_triton as wide
+from optkit_plugins.kernels.packed import formats
+from optkit_plugins.kernels.packed import launch
+from optkit_plugins.kernels.packed import whole
+from optkit_plugins.kernels.packed import lookup
+from optkit_plugins.kernels.packed import wide_triton as wide
 
 errors = {}
 generator = torch.Generator().manual_seed(4)

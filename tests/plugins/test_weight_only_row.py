@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from optkit_plugins.kernels import weight_only_formats as formats
-from optkit_plugins.kernels.fused_product import CALLS
-from optkit_plugins.kernels.fused_projections import fuse_projections
-from optkit_plugins.kernels.weight_only import FORMATS, WeightOnlyLinear, fused_weight_only_linear, pack
+from optkit_plugins.kernels.fused.product import CALLS
+from optkit_plugins.kernels.fused.projections import fuse_projections
+from optkit_plugins.kernels.packed import formats
+from optkit_plugins.kernels.packed.linear import FORMATS, WeightOnlyLinear, fused_weight_only_linear, pack
 from tests.plugins.test_weight_only import compiled
 
 # torch's own compiler still imports modules that use it
@@ -25,7 +25,7 @@ def test_eight_tiles_share_one_second_operand(format: str, dtype: torch.dtype) -
     """16 rows by 8 tiles times one activation, with the assembly that the GPU runs: of tile u's product, column u is taken."""
     pytest.importorskip("triton")
     emulator = pytest.importorskip("tests.plugins.weight_only_emulator")
-    from optkit_plugins.kernels import weight_only_assembly as assembly
+    from optkit_plugins.kernels.packed import assembly
 
     generator = torch.Generator().manual_seed(2)
     bfloat16, table = dtype == torch.bfloat16, format in formats.TABLES
@@ -66,7 +66,7 @@ def test_eight_tiles_share_one_second_operand(format: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("format", FORMATS)
 def test_kernels_with_everything_in_them_keep_their_layout(format: str) -> None:
     pytest.importorskip("triton")
-    from optkit_plugins.kernels import weight_only_launch as launch
+    from optkit_plugins.kernels.packed import launch
 
     packed = pack(torch.randn(64, 4096, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16), format)
     whole = {"norm_weight": torch.ones(4096, dtype=torch.bfloat16), "eps": 1e-5, "residual": torch.ones(1, 32, dtype=torch.bfloat16)}
@@ -120,7 +120,7 @@ class Mlp(nn.Module):
 @pytest.mark.parametrize(("tokens", "found"), [(1, {"norms": 1, "gates": 1, "residuals": 1}), (2, {})])
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_compiled_steps_of_one_row_are_fused(format: str, tokens: int, found: dict[str, int]) -> None:
-    from optkit_plugins.kernels.fused_graph import StepPass
+    from optkit_plugins.kernels.fused.graph import StepPass
     from tests.plugins.test_fused_graph import without_codegen
 
     torch.manual_seed(5)

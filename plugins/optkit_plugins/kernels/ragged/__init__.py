@@ -1,0 +1,1 @@
+"""Continuous batching: rows of unequal length, refilled as their texts end."""

@@ -1,0 +1,1 @@
+"""Scores without logits beyond what is asked: chunks of positions, compiled layers, several samples in one row."""

@@ -1,0 +1,1 @@
+"""Prompt lookup decoding: drafts, their verification, and whether they pay."""
