@@ -95,11 +95,14 @@ def packed_facts(model: PreTrainedModel, packed: Mapping[str, tuple[nn.Module, i
     :param packed: name -> (quantized layer, bytes of its parameters before).
     :param left: name -> reason of layers that the technique wanted and had to leave.
     """
+    from torch import nn
+
     plain = [name for name, _ in linears(model, min_parameters=0, head=True) if name not in packed]
     total = len(packed) + len(plain)
     stored = stored_bytes(model)
     quantized = sum(before for _, before in packed.values())
-    full = stored - sum(stored_bytes(layer) for layer, _ in packed.values()) + quantized
+    layers = nn.ModuleList(layer for layer, _ in packed.values())  # together: joined projections share their storage
+    full = stored - stored_bytes(layers) + quantized
     experts = sum(p.numel() * p.element_size() for p in model.parameters() if p.dim() >= 3)
     facts: dict[str, Any] = {
         "linears_quantized": len(packed),

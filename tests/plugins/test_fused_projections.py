@@ -95,7 +95,8 @@ def test_it_can_be_taken_back_and_done_again() -> None:
 
 @pytest.mark.parametrize("format", ["nf4", "int4", "int8"])
 def test_packed_layers_share_a_product_too(format: str) -> None:
-    from optkit.modules import linears, replace
+    from optkit.modules import linears, replace, stored_bytes
+    from optkit_plugins._packed import packed_facts
 
     models = [tiny_model("qwen2", seed=3)[0] for _ in range(2)]
     for model in models:
@@ -109,6 +110,12 @@ def test_packed_layers_share_a_product_too(format: str) -> None:
     assert words.untyped_storage().data_ptr() == model.model.layers[0].mlp.gate_proj.words.untyped_storage().data_ptr()
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
     assert empty(model)
+    original = stored_bytes(tiny_model("qwen2", seed=3)[0])
+    for either in models:  # the proof's bytes: a weight that two layers share is counted once
+        packed = {name: (layer, 4 * (layer.in_features * layer.out_features + (layer.bias is not None) * layer.out_features)) for name, layer in
+                  either.named_modules() if isinstance(layer, WeightOnlyLinear)}  # fmt: skip
+        told = packed_facts(either, packed, {})
+        assert (told["bytes_full_precision"], told["bytes_stored"]) == (original, stored_bytes(either))
 
 
 def group(module: Any) -> Any:
