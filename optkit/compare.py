@@ -20,6 +20,8 @@ from optkit.trial import TrialFailed, TrialProcess, TrialServer
 
 TARGET = "optkit.runner:main"
 SAME = "A′"
+#: A host whose slowest moment is slower than its fastest by more than this factor is told of.
+STEADY_HOST = 1.25
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Arm:
 
     :ivar rounds: seconds of one unit in each round, the mean over the round's turns.
     :ivar colds: seconds of the first unit of each round's process, compilation included.
+    :ivar hosts: seconds that the processor took for a fixed piece of Python behind each timed unit, on a GPU.
     :ivar state: ``ok``, or what happened to it (``failed``, ``oom``, ``crashed``, ``timeout`` …), with ``reason``.
     """
 
@@ -43,6 +46,7 @@ class Arm:
     tokens: int = 0
     peak_bytes: int = 0
     joules: list[float] = field(default_factory=list)
+    hosts: list[float] = field(default_factory=list)
     process: TrialProcess | None = None
 
     @property
@@ -177,6 +181,8 @@ class Comparison:
                 arm.peak_bytes = max(arm.peak_bytes, measured["peak_bytes"])
                 if measured["joules"] is not None:
                     arm.joules.append(measured["joules"] / max(measured["tokens"], 1))
+                if measured.get("host_seconds") is not None:
+                    arm.hosts.append(measured["host_seconds"])
             self._step(f"turn {turn + 1} of {self.protocol.turns}")
         for arm in arms:
             if arm.ok and seconds[arm.name]:
@@ -257,3 +263,20 @@ def noise(comparison_rounds: list[float], twin_rounds: list[float]) -> float:
     logs = sorted(math.log(second / first) for first, second in pairs)
     middle = len(logs) // 2
     return abs(logs[middle] if len(logs) % 2 else (logs[middle - 1] + logs[middle]) / 2)
+
+
+def host_seconds(comparison: Comparison) -> dict[str, float] | None:
+    """What a fixed piece of Python took behind the timed units, on a GPU: the fastest and the slowest moment of the host."""
+    seen = [seconds for arm in comparison.everyone() for seconds in arm.hosts]
+    return {"fastest": min(seen), "slowest": max(seen)} if seen else None
+
+
+def unsteady_host(seconds: dict[str, float] | None) -> str:
+    """What to say of a host whose speed changed, in one line; nothing of a steady one."""
+    if seconds is None or seconds["slowest"] <= STEADY_HOST * seconds["fastest"]:
+        return ""
+    return (
+        f"the host's speed changed while this was measured: a fixed piece of Python took {1000 * seconds['fastest']:.1f} to "
+        f"{1000 * seconds['slowest']:.1f} ms. What waits for Python, as generate on a GPU does, changed with it, and so did speed-ups over "
+        "it: other work on this host or its neighbours, probably; repeat when it is quiet"
+    )

@@ -20,7 +20,6 @@ user's side is `optkit.trial`; this is what runs on the other side of its socket
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import math
 import os
@@ -47,6 +46,7 @@ from optkit.processes import (
     outlive_parent,
     strays,
 )
+from optkit.server_imports import import_all
 from optkit.trial_child import cannot_use_fork, report_progress, serve_trial
 
 __all__ = ["Server", "command", "main", "report_progress"]
@@ -117,7 +117,7 @@ class Server:
         adopt_orphans()
         self._control.set_inheritable(False)
         die_with_parent(self._parent)  # while it imports it looks at nothing, and imports take seconds
-        failed = _import_all(imports) if self._fork else {}
+        failed = import_all(imports) if self._fork else {}
         outlive_parent()
         self._helpers = set(strays(keep=()))
         gc.collect()
@@ -294,15 +294,3 @@ class Server:
     def _tell(self, **message: Any) -> None:
         with suppress(OSError):  # the parent is gone: the next step sees it
             self._control.sendall(json.dumps(message).encode() + b"\n")
-
-
-def _import_all(imports: Sequence[str]) -> dict[str, str]:
-    """Import modules. One that fails is told to the parent; the trial that needs it meets the same error itself."""
-    failed = {}
-    for module in imports:
-        try:
-            importlib.import_module(module)
-        except (Exception, SystemExit) as error:
-            traceback.print_exc()
-            failed[module] = f"{type(error).__name__}: {error}"
-    return failed

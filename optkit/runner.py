@@ -18,6 +18,8 @@ from optkit.sources import ModelSource
 from optkit.trial_child import report_progress
 
 WARM_UPS = 3
+#: Two units behind the cold one that take at least so many seconds, and differ by no more than this part, are warm: a third would only cost time.
+LONG_UNIT, AGREEING = 1.0, 0.05
 #: Tokens generated while the profiler looks on.
 PROFILED_TOKENS = 4
 
@@ -69,10 +71,12 @@ class Runner:
         self.batches = self.session.batches(self.samples)
         model = self.session.model
         answer: dict[str, Any] = {"seconds": self.session.seconds, "batches": len(self.batches)}
+        if self.session.plan.devices:  # their rows decide the limit
+            answer["lengths"] = self._lengths()
         if model is not None:
             from optkit.modules import stored_bytes
 
-            work = measure.model_work(model)
+            work = self.session.whole_work or measure.model_work(model)
             answer |= {"bytes": stored_bytes(model), "work": work.to_json(), "dtype": str(model.dtype).removeprefix("torch.")}
         return answer
 
@@ -81,7 +85,7 @@ class Runner:
         times = []
         for _ in range(1 + WARM_UPS):
             times.append(self.once(1)["seconds"])
-            if sum(times) > 60 and len(times) > 1:  # a slow model needs no third warm-up to be warm
+            if is_warm(times):
                 break
         return {"cold_seconds": times[0], "unit_seconds": times[-1]}
 
@@ -102,6 +106,7 @@ class Runner:
             "tokens": tokens,
             "joules": after - before if before is not None and after is not None else None,
             "peak_bytes": measure.peak_memory(self.device) - (self.resting if self.device == "cpu" else 0),
+            "host_seconds": measure.host_seconds() if self.device == "cuda" else None,
         }
 
     def _work(self, samples: list[Sample]) -> int:
@@ -117,9 +122,12 @@ class Runner:
         import torch
 
         measured = measure.measure_peaks(self.device, getattr(torch, dtype), working_set)
-        lengths = [[len(self.samples[index]) for index in batch] for batch in self.batches]
-        prompts = [[len(self.samples[index].prompt_ids) for index in batch] for batch in self.batches]
-        return vars(measured) | {"lengths": prompts if self.task == "generate" else lengths}
+        return vars(measured) | {"lengths": self._lengths()}
+
+    def _lengths(self) -> list[list[int]]:
+        """Tokens of each sample of each batch: of its prompt, where the rest is generated."""
+        sizes = [len(sample.prompt_ids) if self.task == "generate" else len(sample) for sample in self.samples]
+        return [[sizes[index] for index in batch] for batch in self.batches]
 
     def evaluate(self, samples: list[dict[str, Any]], reference: dict[str, Any] | None) -> list[dict[str, Any]]:
         """Predictions of every sample, in their order: text, negative log-likelihood, and divergence from the baseline.
@@ -156,6 +164,12 @@ class Runner:
     def prove(self, baseline: dict[str, Any] | None) -> dict[str, Any]:
         """Facts for the techniques of other arms (asked of the baseline), and the verdicts on this plan's own."""
         return {"facts": self.session.facts(), "proof": self.session.proof(baseline)}
+
+
+def is_warm(times: list[float]) -> bool:
+    """Whether the units that took ``times``, the cold one first, were enough before ``WARM_UPS`` of them: long ones that agree, or a minute."""
+    agree = len(times) > 2 and times[-1] >= LONG_UNIT and abs(times[-1] - times[-2]) <= AGREEING * times[-1]
+    return agree or (len(times) > 1 and sum(times) > 60)
 
 
 def rebuild_plan(registry: Any, machine: Machine, row: dict[str, Any]) -> Plan:

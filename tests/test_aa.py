@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from optkit.compare import Arm, Comparison, Protocol, noise
+from optkit import measure
+from optkit.compare import Arm, Comparison, Protocol, host_seconds, noise, unsteady_host
 from optkit.experiment import protocol_of
 from optkit.request import Request, prepare
+from optkit.runner import Runner
 from optkit.stats import SpeedUp, speed_up
 
 SLOW_DOWN = 1.05
@@ -179,3 +181,60 @@ def test_no_round_begins_after_the_time_limit_and_every_arm_is_measured_equally_
     comparison.run(lambda arm: None)
     assert comparison.rounds == 3  # begun after 0, 30 and 60 s
     assert {len(arm.rounds) for arm in comparison.everyone()} == {3}
+
+
+# ------------------------------------------------------------ the host, and when a unit is warm
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        ([0.0016, 0.0019], False),  # a GPU, a steady host
+        ([0.0016, 0.0033], True),  # half its speed for a moment
+        ([None, None], False),  # a CPU: nothing is asked
+    ],
+)
+def test_a_host_whose_speed_changes_is_told_of(answers: list[float | None], told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = iter(answers * 100)
+    start = Process.start
+
+    def with_host(self: Process, method: str, **arguments: Any) -> None:
+        start(self, method, **arguments)
+        if method == "once":
+            self.answer["host_seconds"] = next(turn)
+
+    monkeypatch.setattr(Process, "start", with_host)
+    seconds = host_seconds(run_on(Machine(QUIET, {}, 12, seed=0), 2, 0))
+    assert seconds == (None if None in answers else {"fastest": answers[0], "slowest": answers[1]})
+    line = unsteady_host(seconds)
+    assert bool(line) == told
+    assert not told or ("1.6 to 3.3 ms" in line and "generate on a GPU" in line)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "units"),
+    [
+        ([9.0, 2.05, 2.0, 2.0, 2.0], 3),  # two long units behind the cold one agree
+        ([9.0, 2.0, 1.0, 1.02, 5.0], 4),  # only the last two do
+        ([2.0, 0.2, 0.2, 0.2, 0.2], 4),  # short ones cost nothing: all of them
+        ([70.0, 2.0, 1.0, 0.5, 5.0], 2),  # more than a minute
+        ([2.0, 4.0, 2.0, 4.0, 2.0], 4),  # a host that comes and goes: never more than that
+    ],
+)
+def test_warm_ups_end_early_only_where_long_units_agree(seconds: list[float], units: int) -> None:
+    runner = object.__new__(Runner)
+    done: list[float] = []
+
+    def once(repeat: int) -> dict[str, Any]:
+        done.append(seconds[len(done)])
+        return {"seconds": done[-1]}
+
+    runner.once = once  # type: ignore[method-assign]
+    assert runner.warm() == {"cold_seconds": seconds[0], "unit_seconds": seconds[units - 1]}
+    assert len(done) == units
+
+
+def test_the_fixed_piece_of_python_takes_the_time_of_its_best_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 5.0, 10.0, 12.0, 20.0, 23.0])
+    monkeypatch.setattr("optkit.measure.time.perf_counter", lambda: next(clock))
+    assert measure.host_seconds() == 2.0
