@@ -98,9 +98,8 @@ class TransformersEngine(Engine):
             wanted["max_matching_ngram_size"] = settings["generate.prompt_lookup_ngram"]
         return GenerationConfig(
             max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens if exact else None,
             use_cache=cache != "off",
-            eos_token_id=None if exact else sorted(self.eos) or None,
+            eos_token_id=NEVER if exact and self.eos else sorted(self.eos) or None,
             pad_token_id=self.pad,
             **wanted,
         )
@@ -115,6 +114,9 @@ class TransformersEngine(Engine):
             yield row[start - 1 : len(sequence) - 1].float().log_softmax(-1)
 
 
+#: An end of text that no model makes. ``min_new_tokens`` would do too, at the cost of a logits processor that no user's call has, and
+#: ``None`` would be filled in from the model's own generation config.
+NEVER = 2**31 - 1
 #: Settings that ``generate`` takes by the same name.
 SAMPLING = tuple(
     f"generate.{name}"

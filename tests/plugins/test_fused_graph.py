@@ -74,7 +74,7 @@ class Logits:
         torch._dynamo.mark_static_address(self.kept)
         self.slot._append = lambda logits: (self.kept.copy_(logits), append(logits))  # type: ignore[assignment, func-returns-value]
         ids = torch.tensor([PROMPT])
-        self.slot.put(ids, torch.ones_like(ids), forbid_eos=False)
+        self.slot.put(ids, torch.ones_like(ids), exact=False)
         self.slot.read(1, len(PROMPT), ragged=False)
 
     def run(self, step: Callable[[], Any], steps: int) -> Any:

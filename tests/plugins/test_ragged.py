@@ -59,9 +59,9 @@ def read_tokens(engine, monkeypatch):
     sizes = []
     read = ragged_engine.RaggedSlot.read
 
-    def counted(slot, wave, prompts, limits):
+    def counted(slot, wave, prompts, limits, by_layers):
         sizes.append(sum(len(prompts[one.index]) - one.shared for one in wave))
-        read(slot, wave, prompts, limits)
+        read(slot, wave, prompts, limits, by_layers)
 
     monkeypatch.setattr(ragged_engine.RaggedSlot, "read", counted)
     return sizes
@@ -262,11 +262,11 @@ def test_running_out_of_memory_halves_the_rows_and_keeps_what_is_finished(make_t
     reads = []
     read = ragged_engine.RaggedSlot.read
 
-    def short_of_memory(slot, wave, prompts, limits):
+    def short_of_memory(slot, wave, prompts, limits, by_layers):
         reads.append((slot.rows, [one.index for one in wave]))
         if len(reads) == 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
-        read(slot, wave, prompts, limits)
+        read(slot, wave, prompts, limits, by_layers)
 
     monkeypatch.setattr(ragged_engine.RaggedSlot, "read", short_of_memory)
     assert engine.generate_up_to(prompts, limits) == expected
@@ -283,7 +283,7 @@ def test_memory_that_does_not_hold_one_row_ends_the_call_and_other_errors_are_no
     engine, _ = engine_of(model, make_trial)
     tried = []
 
-    def fails(slot, wave, prompts, limits):
+    def fails(slot, wave, prompts, limits, by_layers):
         tried.append(slot.rows)
         raise torch.OutOfMemoryError("out of memory")
 
@@ -292,7 +292,7 @@ def test_memory_that_does_not_hold_one_row_ends_the_call_and_other_errors_are_no
         engine.generate(ragged_prompts(LENGTHS), new_tokens=4)
     assert tried == [4, 2, 1]
 
-    def broken(slot, wave, prompts, limits):
+    def broken(slot, wave, prompts, limits, by_layers):
         raise RuntimeError("shapes differ")
 
     monkeypatch.setattr(ragged_engine.RaggedSlot, "read", broken)

@@ -107,7 +107,7 @@ def test_texts_end_where_generate_ends_them_also_inside_a_draft(make_trial):
     assert engine.generate(looping, new_tokens=40) == expected
 
 
-def test_exact_makes_all_tokens_and_never_the_end(make_trial):
+def test_with_exact_no_token_ends_a_text(make_trial):
     model, tokenizer = tiny_model("qwen3", seed=3)
     model.generation_config.eos_token_id = plain_greedy(model, PROMPTS[:2], 4)[0][3]
     expected = plain_engine(model, tokenizer, make_trial).generate(PROMPTS[:2], new_tokens=16, exact=True)

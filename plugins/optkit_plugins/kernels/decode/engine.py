@@ -78,7 +78,7 @@ class CompiledEngine(TransformersEngine):
             make_known()
         self.tally = Tally()
         self.slots: dict[tuple[int, int], Bucket] = {}
-        self.samplers: dict[bool, tuple[Sampler, bool]] = {}
+        self.sampler: Sampler | None = None
         self.forwards: dict[str, Callable[..., torch.Tensor]] = {}
         self.scorer: CompiledScorer | None = None
         self.layers = CompiledLayers(model, arguments)
@@ -94,9 +94,8 @@ class CompiledEngine(TransformersEngine):
         with torch.inference_mode(), self.attention.use("decode"):
             ids, mask = pad_left(prompts, self.pad, self.model.device)
             rows, width = ids.shape
-            sampler, forbid_eos = self._sampler(exact, width)
-            bucket = self._bucket(rows, width + new_tokens, sampler)
-            bucket.slot.put(ids, mask, forbid_eos=forbid_eos)
+            bucket = self._bucket(rows, width + new_tokens, self._sampler(width))
+            bucket.slot.put(ids, mask, exact=exact)
             self._read(bucket, rows, width, ragged=any(len(prompt) < width for prompt in prompts))
             made = 1 + self._decode(bucket, new_tokens - 1, look=not exact)
             texts = bucket.slot.texts[:rows, width : width + made].tolist()
@@ -169,15 +168,11 @@ class CompiledEngine(TransformersEngine):
         step = torch.compile(with_own_code(method, name), dynamic=False, **self.step_arguments)
         return Recorded(step, self.pool) if self.records else step
 
-    def _sampler(self, exact: bool, width: int) -> tuple[Sampler, bool]:
-        """How tokens are picked, and whether end-of-text is forbidden: what ``generate`` would do, its model's own defaults included."""
-        if exact not in self.samplers:
-            wanted = self.generation_config(2, exact)
-            config, _ = self.model._prepare_generation_config(wanted)
-            self.model._prepare_special_tokens(config, True, device=self.model.device)
-            processors = self.model._get_logits_processor(config, input_ids_seq_length=width, device=self.model.device)
-            self.samplers[exact] = sampler_of(processors, config, exact)
-        return self.samplers[exact]
+    def _sampler(self, width: int) -> Sampler:
+        """How tokens are picked: what ``generate`` would do, its model's own defaults included."""
+        if self.sampler is None:
+            self.sampler = sampler_of(self, width, "compile")
+        return self.sampler
 
     def facts(self) -> dict[str, Any]:
         """How steps and prompts run: the attention over the cache, recordings of our own, and why something is not recorded."""
@@ -249,18 +244,19 @@ def check_supported(model: PreTrainedModel, attention: EngineAttention, techniqu
         )
 
 
-def sampler_of(processors: Sequence[Any], config: Any, exact: bool, technique: str = "compile") -> tuple[Sampler, bool]:
-    """transformers' processors as a sampler for the graph, and whether end-of-text is forbidden throughout.
+def sampler_of(engine: TransformersEngine, width: int, technique: str) -> Sampler:
+    """What ``generate`` would do with prompts of ``width`` tokens, as a sampler for the graph.
 
-    :raises UnavailableError: for one that needs the whole text or the host.
+    :raises UnavailableError: for a processor that needs the whole text or the host.
     """
-    penalty, warpers, forbid_eos = 1.0, [], False
-    for processor in processors:
+    model = engine.model
+    config, _ = model._prepare_generation_config(engine.generation_config(2, exact=False))
+    model._prepare_special_tokens(config, True, device=model.device)
+    penalty, warpers = 1.0, []
+    for processor in model._get_logits_processor(config, input_ids_seq_length=width, device=model.device):
         name = type(processor).__name__
         if name == "RepetitionPenaltyLogitsProcessor":
             penalty = float(processor.penalty)
-        elif name in ("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor") and exact:
-            forbid_eos = True
         elif name.endswith("LogitsWarper") and name.removesuffix("LogitsWarper") in STATELESS:
             warpers.append(processor)
         else:
@@ -268,7 +264,7 @@ def sampler_of(processors: Sequence[Any], config: Any, exact: bool, technique: s
                 f"{technique} does not do {name}, which the model's generation_config or a setting asks for; "
                 f"leave out {technique}, or change that value in generation_config.json"
             )
-    return Sampler(penalty, tuple(warpers), bool(config.do_sample)), forbid_eos
+    return Sampler(penalty, tuple(warpers), bool(config.do_sample))
 
 
 def with_own_code(method: Callable[..., Any], name: str) -> Callable[..., Any]:

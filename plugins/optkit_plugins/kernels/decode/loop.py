@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from optkit.engine import NEVER
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -85,12 +87,11 @@ class Sampler:
     warpers: tuple[Callable[[Any, torch.Tensor], torch.Tensor], ...] = ()
     draw: bool = False
 
-    def pick(self, logits: torch.Tensor, used: torch.Tensor | None, forbidden: torch.Tensor) -> torch.Tensor:
-        """Ids of shape (rows,). ``used`` (rows, vocabulary) marks tokens of the row, ``forbidden`` (vocabulary,) those never to take."""
+    def pick(self, logits: torch.Tensor, used: torch.Tensor | None) -> torch.Tensor:
+        """Ids of shape (rows,). ``used`` (rows, vocabulary) marks tokens of the row."""
         scores = logits.float()
         if used is not None:
             scores = torch.where(used, torch.where(scores < 0, scores * self.penalty, scores / self.penalty), scores)
-        scores = scores.masked_fill(forbidden, float("-inf"))
         if not self.draw:
             return highest(scores)
         for warper in self.warpers:
@@ -115,6 +116,22 @@ def highest_of_parts(scores: torch.Tensor, size: int = 512) -> torch.Tensor:
     return (best * size + places.gather(-1, best)).squeeze(-1)
 
 
+class End:
+    """Which tokens end a text, on the device. :param eos: their ids; there may be none."""
+
+    def __init__(self, eos: Collection[int], device: torch.device):
+        self.eos = torch.tensor(sorted(eos) or [NEVER], dtype=torch.int64, device=device)
+        self.ids = fixed(self.eos.clone())
+
+    def put(self, exact: bool) -> None:
+        """From now on these end a text; with ``exact`` none does."""
+        self.ids.fill_(NEVER) if exact else self.ids.copy_(self.eos)
+
+    def after(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Whether a text ends behind each of ``tokens``."""
+        return torch.isin(tokens, self.ids)
+
+
 class Slot:
     """The buffers of one bucket, and the step over them.
 
@@ -135,19 +152,13 @@ class Slot:
         self.column = fixed(torch.zeros(1, dtype=torch.int64, device=device))
         self.start = fixed(torch.zeros(rows, 1, dtype=torch.int64, device=device))
         self.done = fixed(torch.zeros(rows, dtype=torch.bool, device=device))
-        self.forbidden = fixed(torch.zeros(vocabulary, dtype=torch.bool, device=device))
         self.used = fixed(torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)) if sampler.penalty != 1.0 else None
-        self.eos = fixed(torch.tensor(sorted(eos), dtype=torch.int64, device=device)) if eos else None
+        self.end = End(eos, device)
         self.all_columns = fixed(torch.arange(columns, device=device))
         self.windows, self.spans = mask_windows(model), spans
         self.mask_dtype = model.dtype if additive_mask else None
         self.layers = [FixedLayer(rows, columns, self.column) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))
-
-    def prefill(self, ids: torch.Tensor, mask: torch.Tensor, *, forbid_eos: bool) -> None:
-        """Read left-padded prompts, (real rows, prompt columns), and write their first new token."""
-        self.put(ids, mask, forbid_eos=forbid_eos)
-        self.read(*ids.shape, ragged=not bool(mask.all()))
 
     def read(self, rows: int, width: int, *, ragged: bool) -> None:
         """Read the prompts that were ``put``, and write their first new token. Without inputs, as a step is.
@@ -174,14 +185,12 @@ class Slot:
         every_row[:rows] = logits
         self._append(every_row)
 
-    def put(self, ids: torch.Tensor, mask: torch.Tensor, *, forbid_eos: bool) -> None:
-        """Put left-padded prompts, (real rows, prompt columns), into the buffers and begin anew."""
+    def put(self, ids: torch.Tensor, mask: torch.Tensor, *, exact: bool) -> None:
+        """Put left-padded prompts, (real rows, prompt columns), into the buffers and begin anew. :param exact: no token ends a text."""
         rows, columns = ids.shape
         self.done.zero_()
         self.done[rows:] = True
-        self.forbidden.zero_()
-        if forbid_eos and self.eos is not None:
-            self.forbidden[self.eos] = True
+        self.end.put(exact)
         self.start.zero_()
         self.start[:rows, 0] = columns - mask.sum(1)
         self.texts[:rows, :columns] = ids
@@ -237,11 +246,10 @@ class Slot:
         return masks.get("", masks)
 
     def _append(self, logits: torch.Tensor) -> None:
-        tokens = self.sampler.pick(logits, self.used, self.forbidden)
+        tokens = self.sampler.pick(logits, self.used)
         if self.used is not None:
             self.used.scatter_(1, tokens[:, None], True)
-        if self.eos is not None:
-            self.done.logical_or_(torch.isin(tokens, self.eos))
+        self.done.logical_or_(self.end.after(tokens))
         self.column.add_(1)
         self.texts.index_copy_(1, self.column, tokens[:, None])
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.attention import sdpa_kernel
 
 from optkit import UnavailableError
 from optkit.engine import trim
 from optkit_plugins.kernels.decode.engine import FEWEST_COLUMNS, STEPS_PER_LOOK, CompiledEngine, power_of_two
 from optkit_plugins.kernels.decode.recorded import Recorded
-from optkit_plugins.kernels.ragged.attention import ANY_LENGTH, register_packed
+from optkit_plugins.kernels.ragged.attention import register_packed
+from optkit_plugins.kernels.ragged.cache import on
 from optkit_plugins.kernels.ragged.schedule import Schedule, shared_prefixes
-from optkit_plugins.kernels.ragged.step import RaggedSlot, on
+from optkit_plugins.kernels.ragged.step import RaggedSlot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,9 +123,9 @@ class RaggedEngine(CompiledEngine):
         texts = torch.zeros(len(prompts), max(limits), dtype=torch.int64, device=self.model.device)
         job = Job(prompts, limits, texts, list(range(len(prompts))), look=not exact and bool(self.eos))
         with torch.inference_mode():
-            sampler, forbid_eos = self._sampler(exact, max(map(len, prompts)))
+            sampler = self._sampler(max(map(len, prompts)))
             while job.waiting:
-                if not self._goes_on(lambda: self._run(job, sampler, forbid_eos)):
+                if not self._goes_on(lambda: self._run(job, sampler, exact)):
                     self._halve()
         rows = [trim(row[:limit], self.eos, exact) for row, limit in zip(job.texts.tolist(), limits, strict=True)]
         self.slot_counts.token_steps += sum(min(len(row), limit - 1) for row, limit in zip(rows, limits, strict=True))
@@ -156,11 +156,11 @@ class RaggedEngine(CompiledEngine):
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _run(self, job: Job, sampler: Sampler, forbid_eos: bool) -> None:
+    def _run(self, job: Job, sampler: Sampler, exact: bool) -> None:
         """Generate what ``job`` still waits for. What is finished when memory runs out stays finished."""
         bucket = self._bucket_for(len(job.waiting), job.columns, sampler)
         slot = bucket.slot
-        slot.begin(forbid_eos=forbid_eos)
+        slot.begin(exact=exact)
         schedule = Schedule(list(map(len, job.prompts)), job.limits, job.waiting, slot.rows, shared_prefixes(job.prompts))
         self.slot_counts.slots = slot.rows
         looks = Looks(slot.done) if job.look else None
@@ -179,10 +179,11 @@ class RaggedEngine(CompiledEngine):
 
     def _fill(self, schedule: Schedule, slot: RaggedSlot, job: Job) -> None:
         """Give every free row a prompt, as long as there are any."""
-        with self.attention.use("packed"), sdpa_kernel(ANY_LENGTH):
+        with self.attention.use("packed"):
             while schedule.waiting and None in schedule.owner:
                 wave = schedule.next_wave(self.wave_tokens)
-                slot.read(wave, job.prompts, job.limits)
+                compiled = self.compile_prompts and not self.layers.problem
+                slot.read(wave, job.prompts, job.limits, self._by_layers if compiled else None)
                 self.slot_counts.shared_prefix_tokens += sum(one.shared for one in wave)
                 self._collect(schedule.finished(lambda row: False), slot, job)  # texts of one token
 

@@ -6,95 +6,22 @@ padding; their keys and values are then scattered to the rows. Orca (Yu et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from optkit_plugins.kernels.decode.loop import Sampler, fixed, mask_windows
+from optkit_plugins.kernels.decode.loop import End, Sampler, fixed, mask_windows
 from optkit_plugins.kernels.ragged.attention import packed_mask
+from optkit_plugins.kernels.ragged.cache import Packed, PackedCache, Places, RaggedLayer, on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from optkit_plugins.kernels.ragged.schedule import Admission
-
-
-@dataclass(frozen=True)
-class Places:
-    """A place in the cache for each token: its row and its column, both (tokens,)."""
-
-    rows: torch.Tensor
-    columns: torch.Tensor
-
-    @classmethod
-    def of(cls, runs: Sequence[tuple[int, int, int]], device: torch.device) -> Places:
-        """:param runs: (row, first column, one past the last column)."""
-        rows = [row for row, begin, end in runs for _ in range(begin, end)]
-        columns = [column for _, begin, end in runs for column in range(begin, end)]
-        return cls(*on(device, [rows, columns]))
-
-
-def on(device: torch.device, numbers: Sequence[Any]) -> torch.Tensor:
-    """Whole numbers on ``device``, without waiting for what it is doing."""
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
-class RaggedLayer(CacheLayerMixin):
-    """One layer's keys and values, (rows, heads, columns, head size), allocated once.
-
-    :ivar reading: where the tokens of packed prompts go, or ``None`` while decoding. :ivar seen: the places of everything that they
-        attend to, where that is more than themselves.
-    """
-
-    is_compileable = True
-    is_sliding = False
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def __init__(self, columns: int, decoding: Places):
-        super().__init__()
-        self.columns, self.decoding = columns, decoding
-        self.reading: Places | None = None
-        self.seen: Places | None = None
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        def allocate(states: torch.Tensor) -> torch.Tensor:
-            return fixed(states.new_zeros(len(self.decoding.rows), states.shape[1], self.columns, states.shape[3]))
-
-        self.keys, self.values = allocate(key_states), allocate(value_states)
-        self.is_initialized = True
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.reading is None:
-            self.keys[self.decoding.rows, :, self.decoding.columns] = key_states[:, :, 0]
-            self.values[self.decoding.rows, :, self.decoding.columns] = value_states[:, :, 0]
-            return self.keys, self.values
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys[self.reading.rows, :, self.reading.columns] = key_states[0].transpose(0, 1)
-        self.values[self.reading.rows, :, self.reading.columns] = value_states[0].transpose(0, 1)
-        if self.seen is None:
-            return key_states, value_states
-        keys, values = (states[self.seen.rows, :, self.seen.columns] for states in (self.keys, self.values))  # (tokens, heads, size)
-        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-
-    def copy(self, source: torch.Tensor, places: Places) -> None:
-        """Copy from the rows ``source``, at the same columns. Everything is read before anything is written."""
-        self.keys[places.rows, :, places.columns] = self.keys[source, :, places.columns]
-        self.values[places.rows, :, places.columns] = self.values[source, :, places.columns]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns, 0
-
-    def get_seq_length(self) -> int:
-        return 0  # positions are always given
-
-    def get_max_length(self) -> int:
-        return self.columns
 
 
 class RaggedSlot:
@@ -113,9 +40,8 @@ class RaggedSlot:
         self.column = fixed(torch.zeros(rows, dtype=torch.int64, device=device))
         self.last = fixed(torch.zeros(rows, dtype=torch.int64, device=device))
         self.done = fixed(torch.ones(rows, dtype=torch.bool, device=device))
-        self.forbidden = fixed(torch.zeros(vocabulary, dtype=torch.bool, device=device))
         self.used = fixed(torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)) if sampler.penalty != 1.0 else None
-        self.eos = fixed(torch.tensor(sorted(eos), dtype=torch.int64, device=device)) if eos else None
+        self.end = End(eos, device)
         self.all_columns = fixed(torch.arange(columns, device=device))
         self.spans = spans
         self.windows = mask_windows(model)
@@ -123,41 +49,72 @@ class RaggedSlot:
         self.layers = [RaggedLayer(columns, decoding) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))
 
-    def begin(self, *, forbid_eos: bool) -> None:
-        """Before the first prompts of a call: no row has a text."""
+    def begin(self, *, exact: bool) -> None:
+        """Before the first prompts of a call: no row has a text. :param exact: no token ends one."""
         self.done.fill_(True)
-        self.forbidden.zero_()
-        if forbid_eos and self.eos is not None:
-            self.forbidden[self.eos] = True
+        self.end.put(exact)
 
     # ------------------------------------------------------------ reading prompts
 
-    def read(self, wave: Sequence[Admission], prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
-        """Read the prompts of ``wave``, packed in one row, and write the first new token of each."""
+    def read(
+        self,
+        wave: Sequence[Admission],
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        by_layers: Callable[..., torch.Tensor] | None = None,
+    ) -> None:
+        """Read the prompts of ``wave``, packed in one row, and write the first new token of each.
+
+        :param by_layers: ``by_layers(work, kind, caches)`` calls ``work`` with the model's layers compiled.
+        """
+        packed = self._packed(wave, prompts)
+        self._copy_prefixes(wave)
+        if by_layers is None or packed.ids.shape[1] == 1:  # a size of one would be a graph of its own
+            logits = self._logits(packed)
+        else:
+            self._allocate()
+            kind = packed.kind if self.rows > 1 else f"{packed.kind}, one row"
+            logits = by_layers(partial(self._logits, packed), kind, [PackedCache(layer, packed) for layer in self.layers])
+        self._begin_texts(wave, prompts, limits, logits)
+
+    def _packed(self, wave: Sequence[Admission], prompts: Sequence[Sequence[int]]) -> Packed:
         device = self.texts.device
         lengths = [len(prompts[one.index]) for one in wave]
         new = [tokens - one.shared for one, tokens in zip(wave, lengths, strict=True)]
-        flat = on(device, [[token for one in wave for token in prompts[one.index][one.shared :]]])
-        reading = Places.of([(one.row, one.shared, tokens) for one, tokens in zip(wave, lengths, strict=True)], device)
-        seen = Places.of([(one.row, 0, tokens) for one, tokens in zip(wave, lengths, strict=True)], device) if new != lengths else None
-        self._copy_prefixes(wave)
-        masks = {kind: packed_mask(new, lengths, window) for kind, window in self.windows.items()}
-        ends = on(device, [end - 1 for end in accumulate(new)])
+        whole = [(one.row, 0, tokens) for one, tokens in zip(wave, lengths, strict=True)]
+        return Packed(
+            ids=on(device, [[token for one in wave for token in prompts[one.index][one.shared :]]]),
+            places=Places.of([(one.row, one.shared, tokens) for one, tokens in zip(wave, lengths, strict=True)], device),
+            seen=Places.of(whole, device) if new != lengths else None,
+            masks={kind: packed_mask(new, lengths, window) for kind, window in self.windows.items()},
+            ends=on(device, [end - 1 for end in accumulate(new)]),
+        )
+
+    def _logits(self, packed: Packed) -> torch.Tensor:
+        """(prompts, vocabulary): those of each prompt's last token."""
         for layer in self.layers:
-            layer.reading, layer.seen = reading, seen
+            layer.packed = packed
         try:
-            logits = self.model(
-                input_ids=flat,
-                attention_mask=masks.get("", masks),
-                position_ids=reading.columns[None],
+            return self.model(
+                input_ids=packed.ids,
+                attention_mask=packed.masks.get("", packed.masks),
+                position_ids=packed.places.columns[None],
                 past_key_values=self.cache,
                 use_cache=True,
-                logits_to_keep=ends,
+                logits_to_keep=packed.ends,
             ).logits[0]
         finally:
             for layer in self.layers:
-                layer.reading = layer.seen = None
-        self._begin_texts(wave, prompts, limits, logits)
+                layer.packed = None
+
+    def _allocate(self) -> None:
+        """Give the layers their keys and values, by a token at a column that no row ever looks at: its last."""
+        if all(layer.is_initialized for layer in self.layers):
+            return
+        device = self.texts.device
+        masks = {kind: packed_mask([1], [1], window) for kind, window in self.windows.items()}
+        place = Places.of([(0, self.columns - 1, self.columns)], device)
+        self._logits(Packed(on(device, [[0]]), place, None, masks, on(device, [0])))
 
     def _copy_prefixes(self, wave: Sequence[Admission]) -> None:
         copies = [one for one in wave if one.shared and one.source != one.row]
@@ -180,13 +137,13 @@ class RaggedSlot:
             used = torch.zeros(len(wave), self.used.shape[1], dtype=torch.bool, device=logits.device)
             place, token = on(logits.device, [(place, token) for place, one in enumerate(wave) for token in prompts[one.index]]).unbind(1)
             used[place, token] = True
-        tokens = self.sampler.pick(logits, used, self.forbidden)
+        tokens = self.sampler.pick(logits, used)
         if self.used is not None and used is not None:
             self.used[rows] = used.scatter_(1, tokens[:, None], True)
         self.texts[rows, column] = tokens
         self.column[rows], self.last[rows] = column, last
         ended = column >= last
-        self.done[rows] = ended if self.eos is None else ended | torch.isin(tokens, self.eos)
+        self.done[rows] = ended | self.end.after(tokens)
 
     # ------------------------------------------------------------ decoding
 
@@ -200,14 +157,13 @@ class RaggedSlot:
             past_key_values=self.cache,
             use_cache=True,
         ).logits[:, -1]
-        tokens = torch.where(self.done, newest[:, 0], self.sampler.pick(logits, self.used, self.forbidden))
+        tokens = torch.where(self.done, newest[:, 0], self.sampler.pick(logits, self.used))
         if self.used is not None:
             self.used.scatter_(1, tokens[:, None], True)
         self.column.add_(~self.done)
         self.texts.scatter_(1, self.column[:, None], tokens[:, None])
         self.done.logical_or_(self.column >= self.last)
-        if self.eos is not None:
-            self.done.logical_or_(torch.isin(tokens, self.eos))
+        self.done.logical_or_(self.end.after(tokens))
 
     def _masks(self) -> Any:
         """Masks of shape (rows, 1, 1, columns), or spans of shape (2, rows, 1, 1), by layer type where the model asks for it."""

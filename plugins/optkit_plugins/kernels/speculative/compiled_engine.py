@@ -52,11 +52,10 @@ class DraftingEngine(CompiledEngine):
         with torch.inference_mode(), self.attention.use("decode"):
             ids, mask = pad_left(prompts, self.pad, self.model.device)
             rows, width = ids.shape
-            sampler, forbid_eos = self._sampler(exact, width)
-            bucket = self._bucket(rows, width + new_tokens + self.drafts + 1, sampler)
+            bucket = self._bucket(rows, width + new_tokens + self.drafts + 1, self._sampler(width))
             slot = bucket.slot
             assert isinstance(bucket, DraftBucket) and isinstance(slot, SpeculativeSlot)
-            slot.begin(ids, mask, new_tokens, forbid_eos=forbid_eos)
+            slot.begin(ids, mask, new_tokens, exact=exact)
             self._read(bucket, rows, width, ragged=any(len(prompt) < width for prompt in prompts))
             self._speculate(bucket, slot, rows)
             ends = (slot.column + 1)[:rows, 0].tolist()

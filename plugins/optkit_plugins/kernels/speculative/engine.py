@@ -37,8 +37,8 @@ class SpeculativeEngine(TransformersEngine):
             return [[] for _ in prompts]
         with torch.inference_mode():
             ids, mask = pad_left(prompts, self.pad, self.model.device)
-            slot, forbid_eos = self._slot(ids.shape[0], ids.shape[1], new_tokens, exact)
-            slot.begin(ids, mask, new_tokens, forbid_eos=forbid_eos)
+            slot = self._slot(ids.shape[0], ids.shape[1], new_tokens)
+            slot.begin(ids, mask, new_tokens, exact=exact)
             slot.read(ids.shape[0], ids.shape[1], ragged=not bool(mask.all()))
             self._decode(slot)
             width = ids.shape[1]
@@ -48,18 +48,13 @@ class SpeculativeEngine(TransformersEngine):
         self.payoff.accepted += int(slot.accepted)
         return [trim(row, self.eos, exact) for row in texts]
 
-    def _slot(self, rows: int, width: int, new_tokens: int, exact: bool) -> tuple[SpeculativeSlot, bool]:
-        """Buffers for this batch, and whether end-of-text is forbidden: sampling as ``generate`` would do it."""
-        wanted = self.generation_config(2, exact)
-        config, _ = self.model._prepare_generation_config(wanted)
-        self.model._prepare_special_tokens(config, True, device=self.model.device)
-        processors = self.model._get_logits_processor(config, input_ids_seq_length=width, device=self.model.device)
-        sampler, forbid_eos = sampler_of(processors, config, exact, "speculate")
+    def _slot(self, rows: int, width: int, new_tokens: int) -> SpeculativeSlot:
+        """Buffers for this batch; sampling as ``generate`` would do it."""
+        sampler = sampler_of(self, width, "speculate")
         drafts, ngram = self.trial.settings["generate.prompt_lookup_tokens"], self.trial.settings["generate.prompt_lookup_ngram"]
         columns = width + new_tokens + drafts + 1
         additive = self.attention.additive_mask
-        slot = SpeculativeSlot(self.model, rows, columns, sampler, self.eos, drafts=drafts, ngram=ngram, additive_mask=additive)
-        return slot, forbid_eos
+        return SpeculativeSlot(self.model, rows, columns, sampler, self.eos, drafts=drafts, ngram=ngram, additive_mask=additive)
 
     def _decode(self, slot: SpeculativeSlot) -> None:
         """Steps until every row is at its end. A row without a match takes a plain step where all do."""

@@ -58,11 +58,11 @@ class SpeculativeSlot(Slot):
         self.layers = [RowLayer(rows, columns, self.column) for _ in self.layers]
         self.cache = Cache(layers=list(self.layers))
 
-    def begin(self, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int, *, forbid_eos: bool) -> None:
+    def begin(self, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int, *, exact: bool) -> None:
         """Put left-padded prompts (real rows, prompt columns) into the buffers, and where each row ends. Then ``read``."""
         self.accepted.zero_()
         self.stop.fill_(ids.shape[1] + new_tokens - 1)
-        self.put(ids, mask, forbid_eos=forbid_eos)
+        self.put(ids, mask, exact=exact)
 
     def step(self) -> None:
         """One token a row, without a draft."""
@@ -102,9 +102,7 @@ class SpeculativeSlot(Slot):
         ).logits
         picked = self._pick(logits, tokens)
         taken = 1 + (picked[:, :-1] == draft).long().cumprod(1).sum(1, keepdim=True)
-        if self.eos is not None:
-            ends = torch.isin(picked, self.eos)
-            taken = torch.minimum(taken, 1 + (ends.long().cumsum(1) == 0).sum(1, keepdim=True))
+        taken = torch.minimum(taken, 1 + (self.end.after(picked).long().cumsum(1) == 0).sum(1, keepdim=True))
         taken = torch.minimum(taken, self.stop - self.column).masked_fill(self.done[:, None], 0)
         self.accepted.add_((taken - 1).clamp(min=0).sum())
         self.texts.scatter_(1, columns + 1, picked)
@@ -114,8 +112,7 @@ class SpeculativeSlot(Slot):
             kept = torch.arange(picked.shape[1], device=picked.device) < taken
             self.used.scatter_(1, torch.where(kept, picked, newest), True)
         self.done.logical_or_((self.column >= self.stop)[:, 0])
-        if self.eos is not None:
-            self.done.logical_or_(torch.isin(newest, self.eos)[:, 0])
+        self.done.logical_or_(self.end.after(newest)[:, 0])
 
     def _pick(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """The model's own choice after each of ``tokens``, (rows, width)."""
@@ -123,7 +120,7 @@ class SpeculativeSlot(Slot):
         if self.used is not None:  # a drafted token counts as used from its own place on
             own = torch.zeros_like(logits, dtype=torch.uint8).scatter_(2, tokens[:, :, None], 1)
             used = (self.used[:, None] | own.cummax(1).values.bool()).flatten(0, 1)
-        return self.sampler.pick(logits.flatten(0, 1), used, self.forbidden).view_as(tokens)
+        return self.sampler.pick(logits.flatten(0, 1), used).view_as(tokens)
 
     def _row_masks(self, columns: torch.Tensor) -> Any:
         """Masks (rows, 1, width, all columns), or spans (2, rows, width, 1): each token of ``columns`` sees what stands before it."""
@@ -139,11 +136,10 @@ class SpeculativeSlot(Slot):
 
     def _append(self, logits: torch.Tensor) -> None:
         """The first new token, of logits (rows, vocabulary)."""
-        tokens = self.sampler.pick(logits, self.used, self.forbidden)[:, None]
+        tokens = self.sampler.pick(logits, self.used)[:, None]
         if self.used is not None:
             self.used.scatter_(1, tokens, True)
-        if self.eos is not None:
-            self.done.logical_or_(torch.isin(tokens, self.eos)[:, 0])
+        self.done.logical_or_(self.end.after(tokens)[:, 0])
         self.column.add_(1)
         self.done.logical_or_((self.column >= self.stop)[:, 0])
         self.texts.scatter_(1, self.column, tokens)
