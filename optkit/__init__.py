@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from optkit.samples import Sample
     from optkit.settings import Limit, Setting, Settings
     from optkit.sources import ModelSource
-    from optkit.technique import Claims, Options, Technique
+    from optkit.technique import Claims, Devices, Options, Technique
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Claims": "technique",
+    "Devices": "technique",
     "Engine": "engine",
     "Limit": "settings",
     "Machine": "machine",
@@ -43,6 +44,7 @@ _HOME = {
 
 __all__ = [
     "Claims",
+    "Devices",
     "Engine",
     "hookimpl",
     "Limit",

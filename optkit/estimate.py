@@ -19,7 +19,8 @@ CUDA_CONTEXT_BYTES = 600_000_000
 def estimate(source: ModelSource, plan: Plan, device: str) -> dict[str, int] | None:
     """Bytes of weights, KV cache and activations, and their sum; ``None`` where the model is not here to be read.
 
-    The KV cache is 2·layers·KV heads·head width·bytes·batch·tokens, with the longest context that the settings allow.
+    The KV cache is 2·layers·KV heads·head width·bytes·batch·tokens, with the longest context that the settings allow. With several devices
+    they are one device's: its rows of a batch, or its share of the weights and of the cache.
     """
     config = read_config(source)
     if config is None:
@@ -28,10 +29,16 @@ def estimate(source: ModelSource, plan: Plan, device: str) -> dict[str, int] | N
     width = DTYPE_BYTES.get(str(plan.settings["load.dtype"] or config.get("dtype") or config.get("torch_dtype") or "float32"), 4)
     weights = parameters * width
     bits = min((step.claims.weight_bits for step in plan.steps if step.claims.weight_bits), default=None)
+    table = config["vocab_size"] * config["hidden_size"] * (1 if config.get("tie_word_embeddings", False) else 2)
     if bits is not None:
-        table = config["vocab_size"] * config["hidden_size"] * (1 if config.get("tie_word_embeddings", False) else 2)
         weights = int((parameters - table) * bits / 8) + table * width
-    batch = int(plan.settings["batch.size"])
+    batch, parts = int(plan.settings["batch.size"]), 1
+    if plan.devices is not None and plan.devices.share == "rows":
+        batch = -(-batch // plan.devices.count)
+    elif plan.devices is not None:
+        parts = plan.devices.count
+        whole = table * width if plan.devices.share == "slices" else 0  # every device keeps embedding and head
+        weights = (weights - whole) // parts + whole
     tokens = (
         min(int(plan.settings["batch.max_length"] or 2048), 2048)
         if plan.task == "score"
@@ -39,7 +46,7 @@ def estimate(source: ModelSource, plan: Plan, device: str) -> dict[str, int] | N
     )
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     head_width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    cache = 2 * config["num_hidden_layers"] * heads * head_width * width * batch * tokens if plan.task == "generate" else 0
+    cache = 2 * config["num_hidden_layers"] * heads * head_width * width * batch * tokens // parts if plan.task == "generate" else 0
     logits = batch * config["vocab_size"] * (4 if plan.task == "generate" else tokens * (width + 4))
     activations = logits + batch * tokens * config["hidden_size"] * width * 4
     total = weights + cache + activations + (CUDA_CONTEXT_BYTES if device == "cuda" else 0)

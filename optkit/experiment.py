@@ -153,7 +153,9 @@ class Experiment:
         if not timed:
             assert record is not None
             return dict(record)
-        row = self._record(comparison, started) | {"busy_cores": servers.busy}
+        row = self._record(comparison, started) | {"busy_cores": servers.busy, "host_seconds": compare.host_seconds(comparison)}
+        if line := compare.unsteady_host(row["host_seconds"]):
+            self.request.warn(line)
         fault: OptkitError | None = None
         try:
             self._add_quality(row)
@@ -228,7 +230,7 @@ class Experiment:
         rows = []
         for arm, plan in zip(comparison.arms, setup.all_plans, strict=True):
             row = arm_row(arm, plan, self.proofs.get(arm.name, {}))
-            row["limit_seconds"] = limit_seconds(arm, self.peaks, setup.task, self.timed_tokens())
+            row["limit_seconds"] = limit_seconds(arm, plan, self.peaks, self.timed_tokens())
             if arm is not reference and arm.ok and reference.ok and len(arm.rounds) == len(reference.rounds):
                 row["speed_up"] = vars(speed_up(reference.rounds, arm.rounds, noise))
             rows.append(row)

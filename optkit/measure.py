@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+    from optkit.technique import Devices
 
 
 def synchronize(device: str) -> None:
@@ -33,6 +36,21 @@ class Clock:
     def __exit__(self, *_: object) -> None:
         synchronize(self.device)
         self.seconds = time.perf_counter() - self._started
+
+
+def host_seconds() -> float:
+    """What this processor takes just now for a fixed piece of Python, the best of three (a few milliseconds each).
+
+    ``generate`` on a GPU waits for Python most of the time, and on a shared host the same Python can take twice as long a minute later.
+    """
+
+    def once() -> float:
+        started, total = time.perf_counter(), 0
+        for number in range(50_000):
+            total += number & 7
+        return time.perf_counter() - started
+
+    return min(once() for _ in range(3))
 
 
 def reset_peak_memory(device: str) -> int:
@@ -196,6 +214,20 @@ def generate_limit_seconds(work: Work, peaks: Peaks, prompts: list[list[int]], n
         cached = context + batch * steps / 2
         total += steps * (step + cached * work.kv_bytes / peaks.read_bandwidth)
     return total
+
+
+def limit_over_devices(least: Callable[[list[list[int]]], float], batches: list[list[int]], devices: Devices | None) -> float:
+    """The least time for the batches where several devices compute together.
+
+    With rows shared out, a batch takes as long as the device with the most work of it; slices of every layer are read and computed all at
+    once; layers one after another take what they take on one device.
+
+    :param least: the least seconds that one device takes for batches. :param batches: lengths of each batch.
+    """
+    if devices is not None and devices.share == "rows":
+        parts = ([batch[first :: devices.count] for first in range(min(devices.count, len(batch)))] for batch in batches)
+        return sum(max(least([rows]) for rows in shared) for shared in parts)
+    return least(batches) / (devices.count if devices is not None and devices.share == "slices" else 1)
 
 
 def score_limit_seconds(work: Work, peaks: Peaks, lengths: list[list[int]]) -> float:

@@ -12,7 +12,7 @@ from optkit.errors import PlanConflict, UsageError, did_you_mean
 from optkit.machine import Machine
 from optkit.registry import Registry
 from optkit.settings import Setting, Settings, resolve
-from optkit.technique import STAGES, Claims, Options, Technique
+from optkit.technique import STAGES, Claims, Devices, Options, Technique
 
 #: What is read when no technique owns the role.
 #: Settings that transformers itself has nothing for: only a technique can read them.
@@ -70,6 +70,11 @@ class Plan:
     @property
     def lossy(self) -> bool:
         return any(step.technique.lossy if step.claims.lossy is None else step.claims.lossy for step in self.steps)
+
+    @property
+    def devices(self) -> Devices | None:
+        """The devices that compute together, where a technique says that there are several."""
+        return next((step.claims.devices for step in self.steps if step.claims.devices and step.claims.devices.count > 1), None)
 
     def owner(self, role: str) -> Step | None:
         return next((step for step in self.steps if role in step.roles), None)

@@ -39,12 +39,16 @@ def arm_row(arm: compare.Arm, plan: Plan, proof: dict[str, Any]) -> dict[str, An
     }
 
 
-def limit_seconds(arm: compare.Arm, peaks: dict[str, Any], task: str, tokens: int) -> float | None:
-    """The least time that the hardware allows this arm's own weights for the timed unit."""
+def limit_seconds(arm: compare.Arm, plan: Plan, peaks: dict[str, Any], tokens: int) -> float | None:
+    """The least time that the hardware allows this arm's own weights, batches and devices for the timed unit."""
     if not peaks or not arm.loaded.get("work"):
         return None
     work = measure.Work(**arm.loaded["work"])
     measured = measure.Peaks(peaks["read_bandwidth"], peaks["flops"], peaks["dtype"])
-    if task == "generate":
-        return measure.generate_limit_seconds(work, measured, peaks["lengths"], tokens)
-    return measure.score_limit_seconds(work, measured, peaks["lengths"])
+
+    def least(lengths: list[list[int]]) -> float:
+        if plan.task == "generate":
+            return measure.generate_limit_seconds(work, measured, lengths, tokens)
+        return measure.score_limit_seconds(work, measured, lengths)
+
+    return measure.limit_over_devices(least, arm.loaded["lengths"] if plan.devices else peaks["lengths"], plan.devices)

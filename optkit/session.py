@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from optkit.context import TrialContext
 from optkit.engine import Engine, TransformersEngine, end_of_text
 from optkit.errors import OptkitError
+from optkit.measure import model_work
 from optkit.plan import Plan
 from optkit.registry import Registry
 from optkit.samples import Sample
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from optkit.machine import Machine
+    from optkit.measure import Work
 
 #: Samples of a prompt are cut here where a model names no limit of its own.
 LONGEST = 4096
@@ -30,6 +32,7 @@ class Session:
 
     :ivar model: an ordinary transformers model (``None`` where an engine needs none).
     :ivar engine: what generates and scores.
+    :ivar whole_work: what the whole model costs, where a technique has left but a slice of it in this process.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Session:
         self.tokenizer: Any = None
         self.engine: Engine = Engine()
         self.seconds: dict[str, float] = {}
+        self.whole_work: Work | None = None
 
         def context(name: str, options: Any) -> TrialContext:
             own = folder / name
@@ -77,6 +81,8 @@ class Session:
             hook = self.registry.hook(step.name, "transform_model")
             if not hook or self.model is None:
                 continue
+            if step.claims.devices and step.claims.devices.share == "slices":
+                self.whole_work = model_work(self.model)
             before = Snapshot.of(self.model)
             trial.report(f"applying {step.name}")
             self.model = hook(model=self.model, trial=trial) or self.model

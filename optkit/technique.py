@@ -46,6 +46,19 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Devices(BaseModel):
+    """Several devices that compute one plan together, and what of its work each of them takes.
+
+    :param share: ``rows``: the whole model, and its rows of every batch. ``layers``: some of the layers, one device after another.
+        ``slices``: a slice of every layer, all at once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: int = Field(ge=1)
+    share: Literal["rows", "layers", "slices"]
+
+
 class Claims(BaseModel):
     """What ``configure`` answers: what this technique, with these options, wants on this machine.
 
@@ -64,6 +77,9 @@ class Claims(BaseModel):
     notes: tuple[str, ...] = ()
     lossy: bool | None = Field(default=None, description="whether outputs may differ beyond rounding, where the options decide it")
     weight_bits: float | None = Field(default=None, description="bits that a linear weight takes afterwards, for the memory estimate")
+    devices: Devices | None = Field(
+        default=None, description="several devices that compute together, for the limit and the memory estimate"
+    )
     undescribed: str | None = Field(default=None, description="what decides the outputs and cannot be described: nothing is then memoized")
     problem: str | None = Field(default=None, description="why this technique cannot run here with these options, and the way out")
 

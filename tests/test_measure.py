@@ -6,7 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from optkit.measure import Peaks, Work, generate_limit_seconds, model_work, score_limit_seconds  # noqa: E402
+from optkit.measure import Peaks, Work, generate_limit_seconds, limit_over_devices, model_work, score_limit_seconds  # noqa: E402
+from optkit.technique import Devices  # noqa: E402
 
 
 def llama_8b(tied: bool = False):
@@ -59,3 +60,24 @@ def test_generation_is_held_to_reading_and_to_arithmetic():
     slow = Peaks(read_bandwidth=1e12, flops=1.0, dtype="float32")
     assert generate_limit_seconds(work, slow, [[4]], 3) == pytest.approx(4320 + 2 * 1000, rel=1e-6)
     assert score_limit_seconds(work, slow, [[4], [2]]) == pytest.approx(4320 + 2 * 500 * 2 + 2 * 10 * 4)
+
+
+def test_devices_that_share_rows_take_as_long_as_the_one_with_the_most_and_slices_are_read_at_once():
+    work = Work(weight_bytes=1000, parameters=500, kv_bytes=0, layers=1, hidden=10)
+    reading = Peaks(read_bandwidth=100.0, flops=1e12, dtype="float32")  # 10 s a reading of the weights, whatever the rows
+    counting = Peaks(read_bandwidth=1e12, flops=1.0, dtype="float32")  # 1,000 s a token
+
+    def least(peaks):
+        return lambda lengths: generate_limit_seconds(work, peaks, lengths, 2)
+
+    batches = [[1, 1, 1, 1, 1], [1]]  # prefill and one step of each
+    rows, layers, slices = (Devices(count=2, share=share) for share in ("rows", "layers", "slices"))
+    assert limit_over_devices(least(reading), batches, None) == pytest.approx(4 * 10, rel=1e-6)
+    assert limit_over_devices(least(reading), batches, rows) == pytest.approx(4 * 10, rel=1e-6)  # each reads all of its weights
+    assert limit_over_devices(least(reading), batches, layers) == pytest.approx(4 * 10, rel=1e-6)
+    assert limit_over_devices(least(reading), batches, slices) == pytest.approx(4 * 10 / 2, rel=1e-6)
+    one = limit_over_devices(least(counting), batches, None)
+    assert one == pytest.approx((5 + 1) * 2 * 1000 + (5 + 1) * 20)  # 20 FLOPs a prompt token are those of attention
+    assert limit_over_devices(least(counting), batches, rows) == pytest.approx((3 + 1) * 2 * 1000 + (3 + 1) * 20)  # three rows, then one
+    assert limit_over_devices(least(counting), batches, layers) == one
+    assert limit_over_devices(least(counting), batches, slices) == one / 2

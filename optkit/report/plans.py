@@ -69,7 +69,8 @@ def plan_view(setup: Setup) -> Group:
     before = estimate(setup.source, setup.baseline, setup.machine.device)
     if memory and before:
         rows = [[name.replace("_", " "), megabytes(before[name]), megabytes(memory[name])] for name in memory]
-        parts.append(plain_table("memory estimate", ["", "baseline", "this plan"], rows))
+        each = f", on each of {plan.devices.count} devices" if plan.devices else ""
+        parts.append(plain_table("memory estimate", ["", "baseline", f"this plan{each}"], rows))
         if memory["total"] > setup.profile.max_memory_fraction * setup.machine.memory_bytes:
             parts.append(
                 Text(

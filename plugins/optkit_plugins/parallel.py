@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from optkit import Claims, Engine, Machine, Options, Setting, Settings, Technique, UnavailableError, UsageError, hookimpl
+from optkit import Claims, Devices, Engine, Machine, Options, Setting, Settings, Technique, UnavailableError, UsageError, hookimpl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from optkit import TrialContext
 
 TITLES = {"replicas": "a replica a device", "layers": "layers spread", "tensor": "a slice of every layer a device"}
+SHARES: dict[str, Literal["rows", "layers", "slices"]] = {"replicas": "rows", "layers": "layers", "tensor": "slices"}
 
 
 class ParallelOptions(Options):
@@ -64,6 +65,7 @@ def configure(options: ParallelOptions, machine: Machine) -> Claims:
         adds=frozenset(adds),
         refuses=frozenset({"weights-quantized"}) if options.mode == "tensor" else frozenset(),
         notes=(f"{TITLES[options.mode]}: {', '.join(devices)}",),
+        devices=Devices(count=max(1, len(set(devices))), share=SHARES[options.mode]),
         problem=problem,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,11 @@ import pytest
 import torch
 
 import optkit
-from optkit import Engine, Machine, OptkitError, UnavailableError, UsageError
+from optkit import Engine, Machine, ModelSource, OptkitError, UnavailableError, UsageError
+from optkit.estimate import estimate
+from optkit.measure import model_work
+from optkit.plan import Choice, make_plan
+from optkit.registry import discover
 from optkit_plugins import parallel
 from optkit_plugins.kernels.parallel.engines import Lockstep, Replicas
 from optkit_plugins.kernels.parallel.workers import Worker, settle
@@ -118,6 +123,7 @@ def test_tensor_parallel_gives_the_plain_tokens_with_half_of_the_weights() -> No
     assert local.shape == (64, 64) and local.untyped_storage().nbytes() == local.nbytes, "the other half is freed"
     facts = optimized.proof()["parallel"]["facts"]
     assert facts["devices"] == ["cpu", "cpu"] and facts["summed_layers"] == 4 and facts["exchange"] == "gloo"
+    assert optimized._session.whole_work == model_work(plain)  # the limit is that of the whole model
     with pytest.raises(UnavailableError, match="leave out parallel to save it"):
         parallel.save_model(trial=optimized._session.contexts["parallel"])
     optimized.close()
@@ -186,12 +192,38 @@ def test_what_the_plan_is_told() -> None:
     assert claims(mode="layers").settings[0].name == "load.device_map"
     assert claims(mode="layers").adds == {"python-in-forward"} and not claims(mode="tensor").adds
     assert claims(mode="tensor").refuses == {"weights-quantized"}
+    shares = {mode: claims(mode=mode).devices for mode in ("replicas", "layers", "tensor")}
+    assert {mode: (devices.count, devices.share) for mode, devices in shares.items()} == {
+        "replicas": (2, "rows"), "layers": (2, "layers"), "tensor": (2, "slices"),
+    }  # fmt: skip
+    assert claims("cpu", 1, devices="cpu,cpu").devices.count == 1  # two processes of one device have its bandwidth
     assert "this machine has 1 GPU; leave out parallel" in claims(count=1).problem
     assert "computes on its CPU; leave out parallel" in claims("cpu", 1).problem
     assert "there is no cuda:2" in claims(devices="cuda:0,cuda:2").problem
     assert "not all of the kind 'cuda'" in claims(devices="cuda:0,cpu").problem
     assert claims("cpu", 1, devices="cpu, cpu").problem is None
     assert "layers on one CPU" in claims("cpu", 1, devices="cpu,cpu", mode="layers").problem
+
+
+def test_the_estimate_of_a_plan_over_two_gpus_is_for_each_of_them(tmp_path: Any) -> None:
+    sizes = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    source, registry = ModelSource("tiny", "folder", str(tmp_path)), discover({"parallel"})
+
+    def bytes_of(*choices: Choice) -> dict[str, int]:
+        found = estimate(source, make_plan(registry, machine("cuda", 2), "generate", choices), "cuda")
+        assert found is not None
+        return found
+
+    def over_two(mode: str) -> dict[str, int]:
+        return bytes_of(Choice("parallel", {"mode": mode}))
+
+    table = 2 * 1000 * 64 * 4  # embedding and head in float32
+    one, rows, layers, slices = bytes_of(), *map(over_two, ("replicas", "layers", "tensor"))
+    assert rows == one  # twice as many rows a batch, shared by two
+    assert layers["weights"] == one["weights"] // 2 and layers["kv_cache"] == one["kv_cache"] // 2
+    assert slices["weights"] == (one["weights"] - table) // 2 + table and slices["kv_cache"] == one["kv_cache"] // 2
+    assert all(plan["total"] < one["total"] and plan["activations"] == one["activations"] for plan in (layers, slices))
 
 
 def test_the_baseline_is_told_apart(make_trial: Any) -> None:
