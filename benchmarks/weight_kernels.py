@@ -25,7 +25,7 @@ import torch
 
 from optkit_plugins.kernels.fused.projections import fuse_projections
 from optkit_plugins.kernels.packed import formats
-from optkit_plugins.kernels.packed.launch import Fused, product
+from optkit_plugins.kernels.packed.launch import Fused, product, starts_early
 from optkit_plugins.kernels.packed.linear import WeightOnlyLinear
 from optkit_plugins.kernels.packed.variants import MANY, Few, Row, Wide, choose
 from optkit_plugins.kernels.packed.whole import expand, plain_expand
@@ -33,7 +33,7 @@ from optkit_plugins.kernels.packed.whole import expand, plain_expand
 SHAPES = {"gate_up": (28672, 4096), "down": (4096, 14336), "qkv": (6144, 4096), "o": (4096, 4096), "head": (128256, 4096)}
 BATCHES = (1, 4, 8, 16, 32, 48, 64, 128, 256)
 MANY_BATCHES = (257, 512, 2048)
-FORMATS = (("nf4", 64), ("int4", 64), ("int4", 128), ("int8", 0))
+FORMATS = (("nf4", 64), ("int4", 64), ("int4", 128), ("int8", 0), ("fp8", 0))
 ROTATED_BYTES = 300_000_000
 
 
@@ -41,12 +41,14 @@ def random_packed(format: str, shape: tuple[int, int], group: int, scale_dtype: 
     """A weight of random codes: timing needs no quantized one."""
     tiles, blocks = -(-shape[0] // 16), shape[1] // 64
     words = torch.randint(
-        -(2**31), 2**31 - 1, (tiles, blocks, *((2,) if format == "int8" else ()), 32, 4), dtype=torch.int32, device="cuda"
+        -(2**31), 2**31 - 1, (tiles, blocks, *((2,) if format in formats.EIGHT_BITS else ()), 32, 4), dtype=torch.int32, device="cuda"
     )
+    if format == "fp8":
+        words &= ~0x01010101  # a float of all ones is none
     group = group or shape[1]
     scales = torch.rand(tiles, shape[1] // group, 8, 2, device="cuda") * 0.03 + 0.01
     codes = torch.randint(0, 16, scales.shape, dtype=torch.uint8, device="cuda") if zeros else None
-    return formats.Packed(format, shape, group, words, scales.to(torch.float32 if format == "int8" else scale_dtype), codes)
+    return formats.Packed(format, shape, group, words, scales.to(torch.float32 if format in formats.EIGHT_BITS else scale_dtype), codes)
 
 
 def candidates(format: str, batch: int, row_tiles: int, blocks: int) -> list[Row | Few | Wide]:
@@ -55,9 +57,19 @@ def candidates(format: str, batch: int, row_tiles: int, blocks: int) -> list[Row
         cuts = [(8, 1, 8), (4, 1, 8), (2, 2, 8), (1, 4, 8), (8, 1, 4), (4, 1, 4), (2, 2, 4), (4, 2, 8)]
         return [Row(*cut) for cut in cuts if cut[0] * cut[2] <= blocks]
     if batch > 16:
-        tokens = 32 if batch <= 32 else 64
-        splits = (1, 2) if row_tiles >= MANY else (4, 8)
-        return [Wide(tiles, tokens, 4, warps, split) for tiles, warps in ((4, 4), (8, 4), (8, 8), (16, 8)) for split in splits]
+        # row tiles, activations, stages, warps, column tiles a step
+        short = [(4, 32, 4, 4, 1), (8, 32, 7, 4, 1), (4, 32, 5, 4, 2)]
+        middle = [(8, 64, 5, 4, 1), (4, 64, 6, 4, 1), (4, 64, 4, 4, 2), (8, 64, 3, 4, 2), (16, 64, 4, 8, 1)]
+        long = [(8, 128, 4, 4, 1), (8, 128, 4, 8, 1), (4, 128, 3, 4, 2)] if batch <= 128 else [(8, 256, 3, 8, 1), (4, 256, 3, 4, 1)]
+        table = format in formats.TABLES
+        # the smallest cut leaves no room for pairs
+        return [
+            Wide(*cut[:4], split, table and cut != short[0], ordered, cut[4])
+            for cut in (short if batch <= 32 else middle if batch <= 64 else long)
+            for split in ((1, 2) if row_tiles >= MANY else (2, 4, 8))
+            for ordered in (True, False)
+            if blocks % (split * cut[4]) == 0
+        ]
     cuts = [(4, 1, 1, 4, 1), (4, 1, 1, 2, 1), (2, 2, 2, 2, 1), (2, 2, 1, 4, 1), (1, 4, 2, 2, 1), (2, 2, 2, 2, 0), (4, 1, 1, 8, 0)]
     tables = (True, False) if format in formats.TABLES else (False,)
     return [Few(pairs, *cut) for cut in cuts for pairs in tables]
@@ -103,8 +115,8 @@ def contract() -> Iterator[Any]:
     """What users may bring: odd row counts, both dtypes, wide scales, zeros, any batch."""
     for dtype in (torch.bfloat16, torch.float16):
         for batch in (1, 5, 13, 27, 64, 100):
-            for format in ("nf4", "fp4", "int8"):
-                yield format, 0 if format == "int8" else 64, batch, None, (200, 1088), {"dtype": dtype}
+            for format in ("nf4", "fp4", *formats.EIGHT_BITS):
+                yield format, 0 if format in formats.EIGHT_BITS else 64, batch, None, (200, 1088), {"dtype": dtype}
             yield "int4", 64, batch, None, (200, 1088), {"dtype": dtype, "zeros": True, "scale_dtype": dtype}
             yield "nf4", 64, batch, None, (4096, 2048), {"dtype": dtype, "scale_dtype": torch.float32}
 
@@ -114,14 +126,14 @@ def check_fused() -> list[str]:
     failures = []
     for format in formats.FORMATS:
         for columns, gated in ((1088, False), (4096, True), (14336, False)):
-            packed = random_packed(format, (544, columns), 0 if format == "int8" else 64, zeros=format == "int4" and gated)
+            packed = random_packed(format, (544, columns), 0 if format in formats.EIGHT_BITS else 64, zeros=format == "int4" and gated)
             x, norm = torch.randn(1, columns, device="cuda", dtype=torch.bfloat16) * 3, torch.rand(columns, device="cuda").bfloat16() + 0.5
             bias, residual = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for size in (544, 272 if gated else 544))
             wide = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.double()
             exact = wide @ formats.dequantize(packed, torch.float64).double().T + bias.double()
             if gated:
                 exact = torch.nn.functional.silu(exact[:, :272]) * exact[:, 272:]
-            got = product(x, packed, bias, fused=Fused(norm, 1e-5, residual, gated)).double()
+            got = product(x, packed, bias, fused=Fused(norm, 1e-5, residual, gated, starts_early(x.device))).double()
             error = ((got - exact - residual.double()).norm() / exact.norm()).item()
             if not error < 8e-3:
                 failures.append(f"{format} fused, {columns} columns, gated {gated}: error {error}")

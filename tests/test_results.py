@@ -113,7 +113,7 @@ def test_prompts_of_unequal_length():
     assert f"{speeds['equal']:,.0f} tokens/s" in text and f"{speeds['varied']:,.0f} tokens/s" in text
     for row in ours:
         assert f"{row['limit_seconds'] / median(row['seconds']):.0%} of limit".replace("%", " %") in text
-    assert f"{theirs[0]['tokens'] / theirs[0]['seconds'][0]:,.0f} tokens/s" in line("transformers' `generate_batch`")
+    assert f"{theirs[0]['tokens'] / median(theirs[0]['seconds']):,.0f} tokens/s" in line("transformers' `generate_batch`")
     assert f"at {speeds['equal']:,.0f} tokens/s" in (ROOT / "README.md").read_text()
 
 

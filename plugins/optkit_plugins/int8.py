@@ -9,16 +9,14 @@ reading weights.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from optkit import Claims, Options, Technique, UsageError, hookimpl
-from optkit_plugins import _fused_kernels, _packed
+from optkit import Claims, Options, Technique, hookimpl
+from optkit_plugins import _fused_kernels, _packed, _torchao
+from optkit_plugins._torchao import load_torchao
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,70 +81,27 @@ def transform_model(model: PreTrainedModel, trial: TrialContext) -> None:
     names = _packed.chosen(model, min_parameters=options.min_parameters, head=options.head, skip=options.skip)
     trial.notes["left"] = _packed.convert(model, names, lambda module: int8_linear(module, config, options.group))
     if any(True for _ in int8_layers(model)):
-        register(model, config)
+        _torchao.register(model, config, "Int8Tensor")
     if options.mode == "weight-only" and options.group is None:
         _fused_kernels.take_over(model, trial, options.kernel)
 
 
 @hookimpl
 def prove_effect(model: PreTrainedModel, trial: TrialContext) -> dict[str, Any]:
-    layers = dict(int8_layers(model))
-    packed = {name: (layer, sum(p.numel() * p.dtype.itemsize for p in layer.parameters())) for name, layer in layers.items()}
-    fused = _fused_kernels.layers(model)
-    packed |= {name: (layer, _fused_kernels.full_bytes(layer, model)) for name, layer in fused.items()}
-    facts = _packed.packed_facts(model, packed, trial.notes.get("left", {}))
-    if packed:
-        _fused_kernels.add_facts(facts, model, trial, "torchao")
-    if fused:
+    facts = _torchao.facts(model, trial, "Int8Tensor")
+    if _fused_kernels.layers(model):
         facts["mode"] = "weight-only"
+    layers = dict(int8_layers(model))
     if layers:
         rounded = [layer.weight.act_quant_kwargs is not None for layer in layers.values()]
         facts["mode"] = "dynamic" if all(rounded) else "weight-only"
-    if packed:
-        facts["scales"] = sum(layer.weight.scale.numel() for layer in layers.values()) + sum(layer.out_features for layer in fused.values())
     return facts
 
 
 @hookimpl
-def save_model(model: PreTrainedModel) -> bool | None:
-    """Refuse what could not be read back; everything else goes transformers' own way (safetensors with torchao's metadata)."""
-    _fused_kernels.give_back(model)
-    if _packed.was_conv1d(layer for _, layer in int8_layers(model)):
-        raise UsageError(
-            f"int8: {type(model).__name__} is built of Conv1D layers, into which transformers cannot load torchao's weights; "
-            "export it without int8"
-        )
-    return None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torchao's two messages at import that mean nothing here.
-
-    It tries to load all of its CUDA libraries, and names each that does not load. Under torch 2.13 its enums are registered twice.
-    """
-
-    def drop(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return not (text.startswith("Failed to load") or "is an Enum subclass" in text)
-
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    for logger in loggers:
-        logger.addFilter(drop)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(drop)
-
-
-def load_torchao() -> None:
-    with _quiet():
-        import torchao.quantization  # noqa: F401
-    # torchao 0.17 builds its own deprecated layout when it makes a config.
-    warnings.filterwarnings("ignore", message="Deprecation: PlainLayout is deprecated", category=UserWarning)
-    # Told once by the compiler of each kind of tensor: the hash that it takes instead is right, and slower.
-    warnings.filterwarnings("ignore", message="Int8Tensor does not implement _stable_hash_for_caching", category=UserWarning)
+def save_model(model: PreTrainedModel) -> None:
+    """transformers writes int8 models, but of GPT-2's ``Conv1D`` layers."""
+    _torchao.refuse_conv1d(model, "Int8Tensor", "int8")
 
 
 def torchao_config(options: Int8Options, device: str) -> Any:
@@ -185,22 +140,6 @@ def int8_linear(module: nn.Module, config: Any, group: int | None) -> nn.Module 
     return linear
 
 
-def register(model: PreTrainedModel, config: Any) -> None:
-    """Attach what ``from_pretrained`` attaches to a torchao model, so that saving and loading work."""
-    from transformers import TorchAoConfig
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    wrapped = TorchAoConfig(config, modules_to_not_convert=list(_packed.plain_linears(model)))
-    quantizer = AutoHfQuantizer.from_config(wrapped, pre_quantized=True)
-    _packed.attach(model, quantizer)
-    if _packed.was_conv1d(layer for _, layer in int8_layers(model)):
-        quantizer.is_serializable = lambda: False  # save_pretrained refuses, instead of writing a folder that nothing reads
-
-
 def int8_layers(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """Linear layers whose weight is torchao's ``Int8Tensor``."""
-    from torch import nn
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and type(module.weight.data).__name__ == "Int8Tensor":
-            yield name, module
+    return _torchao.layers(model, "Int8Tensor")

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from optkit.modules import plain_tensors
 from optkit_plugins.kernels.packed import formats
 from optkit_plugins.kernels.packed.convert import from_grid, give_back, use_fused_kernels
 from optkit_plugins.kernels.packed.linear import FORMATS, WeightOnlyLinear, fuse, pack, weight_only_linear, why_not
-from optkit_plugins.kernels.packed.variants import choose
+from optkit_plugins.kernels.packed.tables import lookup_table
+from optkit_plugins.kernels.packed.variants import Wide, choose
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ def test_shapes_that_do_not_fit_are_refused_with_the_reason(weight: torch.Tensor
 
 # The fused kernel's arithmetic --------------------------------------------------------------------------------------------------------
 
-KINDS = ["nf4", "nf4-pairs", "fp4", "fp4-pairs", "int4", "int8"]
+KINDS = ["nf4", "nf4-pairs", "fp4", "fp4-pairs", "int4", "int8", "fp8"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -111,7 +113,7 @@ def test_assembly_and_layout_give_the_product(kind: str, dtype: torch.dtype) -> 
     packed = pack(torch.randn(16, 64, generator=generator).to(torch.bfloat16), format)
     x = torch.randn(8, 64, generator=generator).to(dtype)
     words = packed.words[0, 0].numpy().view(np.uint32)
-    table = formats.lookup_table(format, dtype) if format in formats.TABLES else None
+    table = lookup_table(format, dtype) if format in formats.TABLES else None
     if kind.endswith("pairs"):
         assert table is not None
         shared = np.repeat(np.array(table.pairs, np.uint32), 32)
@@ -126,7 +128,8 @@ def test_assembly_and_layout_give_the_product(kind: str, dtype: torch.dtype) -> 
         pairs = [(zeros[:, row] * 0x10001 | kernel.magic_bits(bfloat16)).astype(np.uint32) for row in (0, 1) for _ in range(4)]
         first = emulator.run(kernel.expand_assembly(kernel.AFFINE.value, bfloat16), [*words.T, *pairs])
     else:
-        halves = [emulator.run(kernel.expand_assembly(kernel.BYTES.value, bfloat16), list(half.T)) for half in words]
+        written = kernel.FLOATS if format == "fp8" else kernel.BYTES
+        halves = [emulator.run(kernel.expand_assembly(written.value, bfloat16), list(half.T)) for half in words]
         first = halves[0] + halves[1]
     lane = np.arange(32)
     activations = x.view(torch.int32).numpy().view(np.uint32)[lane // 4]  # (threads, 32 words)
@@ -139,10 +142,37 @@ def test_assembly_and_layout_give_the_product(kind: str, dtype: torch.dtype) -> 
     assert error < (1e-6 if table is None else 2e-3 if bfloat16 else 3e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_assembly_multiplies_with_the_rows_scales(pairs: bool, dtype: torch.dtype) -> None:
+    """Every word of one tile as the wide kernel expands it; scales are powers of two, so that nothing is rounded."""
+    pytest.importorskip("triton")
+    emulator = pytest.importorskip("tests.plugins.weight_only_emulator")
+    from optkit_plugins.kernels.packed import assembly
+
+    generator, bfloat16 = torch.Generator().manual_seed(5), dtype == torch.bfloat16
+    codes = torch.randint(0, 16, (16, 64), generator=generator, dtype=torch.uint8)
+    scales = 2.0 ** torch.randint(-3, 4, (16, 1), generator=generator)
+    packed, table = formats.pack_table_codes(codes, scales, "nf4", 64), lookup_table("nf4", dtype)
+    # the emulator has no names for what lies in shared memory: the pairs begin at 0
+    kind = assembly.PAIRS if pairs else assembly.PERMUTE
+    lane = np.arange(32)
+    lookup = [lane.astype(np.uint32) * 4] if pairs else [np.full(32, word, np.uint32) for word in table.words]
+    both = packed.scales.to(dtype)[0, 0].contiguous().view(torch.int32).flatten().numpy().view(np.uint32)[lane // 4]
+    shared = np.repeat(np.array(table.pairs, np.uint32), 32)
+    weight = formats.dequantize(packed, torch.float64).numpy() * table.factor
+    for number, word in enumerate(packed.words[0, 0].numpy().view(np.uint32).T):
+        registers = emulator.run(assembly.expand_word_assembly(kind.value, bfloat16, True), [word, *lookup, both], shared)
+        column = number // 2 * 32 + lane % 4 * 8 + number % 2 * 4
+        for i, register in enumerate(registers):  # rows g and g + 8, then the next two columns of both
+            for c, value in enumerate(emulator.halves(register, bfloat16)):
+                np.testing.assert_allclose(value, weight[lane // 4 + i % 2 * 8, column + i // 2 * 2 + c], rtol=2.0**-9)
+
+
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 def test_tables_are_rounded_finely_enough(format: str) -> None:
     for dtype, bound in ((torch.bfloat16, 2.0**-9), (torch.float16, 2.0**-11)):
-        table = formats.lookup_table(format, dtype)
+        table = lookup_table(format, dtype)
         bits = torch.tensor([pair & 0xFFFF for pair in table.pairs[:16]]).to(torch.uint16).view(dtype).double() / table.factor
         exact = torch.tensor(formats.TABLES[format], dtype=torch.float64)[list(formats.labels(format))]
         torch.testing.assert_close(bits, exact, rtol=bound, atol=0)
@@ -171,7 +201,9 @@ def compiled(packed: formats.Packed, batch: int, **fused: Any) -> Any:
     return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": call.warps, "num_stages": call.stages})
 
 
-@pytest.mark.parametrize(("format", "batch"), [("nf4", 1), ("int4", 1), ("int8", 1), ("nf4", 12), ("int4", 5), ("int8", 8)])
+@pytest.mark.parametrize(
+    ("format", "batch"), [("nf4", 1), ("int4", 1), ("int8", 1), ("fp8", 1), ("nf4", 12), ("int4", 5), ("int8", 8), ("fp8", 8)]
+)
 def test_triton_lays_registers_out_as_the_assembly_needs(format: str, batch: int) -> None:
     pytest.importorskip("triton")
     from optkit_plugins.kernels.packed import launch
@@ -190,7 +222,7 @@ def test_kernels_take_scales_of_every_width(dtype: torch.dtype, batch: int) -> N
     assert compiled(packed, batch).asm["cubin"]
 
 
-@pytest.mark.parametrize(("format", "batch"), [("nf4", 64), ("int4", 20), ("int8", 200)])
+@pytest.mark.parametrize(("format", "batch"), [("nf4", 64), ("int4", 20), ("int8", 200), ("fp8", 64)])
 def test_many_activations_are_multiplied_by_whole_warp_groups(format: str, batch: int) -> None:
     pytest.importorskip("triton")
     packed = pack(torch.randn(64, 4096, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16), format)
@@ -198,6 +230,57 @@ def test_many_activations_are_multiplied_by_whole_warp_groups(format: str, batch
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     loop = kernel.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
     assert "ttg.local_alloc" not in loop  # expanded weights stay in the registers of the thread that expanded them
+
+
+@pytest.mark.parametrize("batch", [32, 64, 128, 256])
+@pytest.mark.parametrize("format", ["nf4", "int4", "int8", "fp8"])
+def test_products_of_many_activations_are_not_waited_for_one_by_one(format: str, batch: int, tmp_path: Path) -> None:
+    """But all are before the next weights: nothing else keeps those from registers that the tensor cores still read.
+
+    ptxas says so where it makes products wait for each other, which cost int8 a tenth of its speed.
+    """
+    triton = pytest.importorskip("triton")
+    from optkit_plugins.kernels.packed import launch
+
+    packed = pack(torch.randn(64, 4096, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16), format)
+    file = tmp_path / "kernel.ptx"
+    kernel = compiled(packed, batch)
+    text = kernel.asm["ptx"]
+    last = text.rindex("wgmma.mma_async")
+    assert "wgmma.wait_group.sync.aligned 0;" in text[last : text.index("bra", last)]
+    file.write_text(text)
+    command = [triton.knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", str(file), "-o", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "registers" in done.stderr and "serialized" not in done.stderr
+    variant = choose(format, batch, *packed.words.shape[:2])
+    assert isinstance(variant, Wide)
+    launch.check_shared(kernel.metadata.shared, variant, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("batch", [17, 64, 100, 256])
+def test_programs_share_the_columns_in_whole_steps(format: str, batch: int) -> None:
+    for row_tiles in (1, 256, 384, 1792, 8016):
+        for blocks in (1, 2, 17, 36, 64, 224):
+            variant = choose(format, batch, row_tiles, blocks)
+            assert isinstance(variant, Wide)
+            assert blocks % (variant.splits * variant.blocks) == 0, (row_tiles, blocks, variant)
+
+
+def test_pairs_are_left_out_where_shared_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from optkit_plugins.kernels.packed import launch
+
+    wide = Wide(8, 256, 3, 8, pairs=True)
+    cpu = torch.device("cpu")
+    assert launch.fitting(wide, cpu) == wide
+    monkeypatch.setattr(launch, "most_shared", lambda device: 99 << 10)
+    assert launch.fitting(wide, cpu) == Wide(8, 256, 3, 8, pairs=False)
+    with pytest.raises(launch.LayoutError, match="a program may have 101376 here"):
+        launch.check_shared(70 << 10, wide, cpu)
+    with pytest.raises(launch.LayoutError, match="no room for the pairs"):
+        launch.check_shared(40 << 10, wide, cpu)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 40])
@@ -216,6 +299,7 @@ def test_launches_give_every_argument_its_place(batch: int, monkeypatch: pytest.
     monkeypatch.setattr(launch, "one_row_a_thread", lambda compiled: True)
     monkeypatch.setattr(launch, "_launches", {})
     monkeypatch.setattr(launch, "add_up", lambda parts, bias, dtype: parts[0].to(dtype))
+    monkeypatch.setattr(launch, "order", lambda x: x)
     variant = choose("int4", batch, *packed.words.shape[:2])
     call = launch.arguments(x, packed, None, variant, launch.NOTHING, launch._output(x, packed, variant, launch.NOTHING))
     monkeypatch.setattr(type(call.kernel), "warmup", lambda self, *arguments, **options: Compiled())
@@ -257,25 +341,27 @@ def interpreted(call, packed):
     tensors, numbers = list(call.tensors), list(call.numbers)
     if packed.format in formats.TABLES:
         tensors[4], numbers[-1] = lookup.values(packed.format, x.device), 1.0
-    return tensors, numbers, call.constants | {"ASSEMBLY": False, "STEPS": numbers[4]}
+    return tensors, numbers, call.constants | {"ASSEMBLY": False, "SCALED": False, "STEPS": numbers[4]}
 
 x = torch.randn(5, 256, generator=generator).half()
-for format, group in (("nf4", 64), ("fp4", 128), ("int4", 128), ("int8", 256)):
+for format, group in (("nf4", 64), ("fp4", 128), ("int4", 128), ("int8", 256), ("fp8", 256)):
     packed = formats.pack(torch.randn(40, 256, generator=generator).half(), format, group)
     exact = formats.dequantize(packed, torch.float64)
-    for splits in (1, 2):
-        variant = launch.Wide(row_tiles=2, tokens=16, stages=2, warps=4, splits=splits)
+    for splits, ordered, blocks in ((1, False, 1), (2, True, 1), (2, False, 2), (1, True, 4)):
+        variant = launch.Wide(row_tiles=2, tokens=16, stages=2, warps=4, splits=splits, ordered=ordered, blocks=blocks)
         bias = torch.randn(40, generator=generator).half()
         out = launch._output(x, packed, variant, launch.NOTHING)
-        call = launch.arguments(x, packed, bias, variant, launch.NOTHING, out)
+        given = launch.order(x) if ordered else x
+        assert not ordered or (given != x).any() and given.sort(1).values.equal(x.sort(1).values)
+        call = launch.arguments(given, packed, bias, variant, launch.NOTHING, out)
         tensors, numbers, constants = interpreted(call, packed)
         call.kernel[call.grid](*tensors, *numbers, **constants)
         got = out if splits == 1 else launch.add_up(out, bias, x.dtype)
         expected = x.double() @ exact.T + bias.double()
-        errors[f"half {format} wide {splits}"] = (got.double() - expected).norm().item() / expected.norm().item()
+        errors[f"half {format} wide {splits} {ordered} {blocks}"] = (got.double() - expected).norm().item() / expected.norm().item()
     weight = torch.empty(40, 256, dtype=torch.half)
     words, scales, zeros, table = tensors[1:5]
-    rest = {name: constants[name] for name in ("KIND", "SCALE", "TILES_A_GROUP", "ZEROS", "ASSEMBLY", "EXPAND", "EXPAND_REGISTERS", "RT")}
+    rest = {name: constants[name] for name in ("KIND", "SCALE", "TILES_A_GROUP", "ZEROS", "ASSEMBLY", "SCALED", "EXPAND", "EXPAND_REGISTERS", "RT")}
     wide.weight_only_expand[(2, 4)](words, scales, zeros, table, weight, 40, *packed.words.shape[:2], 1.0, **rest)
     errors[f"half {format} wide expand"] = (weight.double() - exact).norm().item() / exact.norm().item()
 print(json.dumps(errors))
@@ -289,7 +375,7 @@ def test_kernels_without_assembly_equal_float64() -> None:
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])
     halves = {name: error for name, error in errors.items() if name.startswith("half")}
-    assert (len(errors), len(halves)) == (5 * len(FORMATS) + 2, 3 * len(FORMATS))
+    assert (len(errors), len(halves)) == (7 * len(FORMATS) + 2, 5 * len(FORMATS))
     assert max(error for name, error in errors.items() if name not in halves) < 1e-6, errors
     assert max(halves.values()) < 6e-4, errors
 

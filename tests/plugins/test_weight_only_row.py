@@ -13,6 +13,7 @@ from optkit_plugins.kernels.fused.product import CALLS
 from optkit_plugins.kernels.fused.projections import fuse_projections
 from optkit_plugins.kernels.packed import formats
 from optkit_plugins.kernels.packed.linear import FORMATS, WeightOnlyLinear, fused_weight_only_linear, pack
+from optkit_plugins.kernels.packed.tables import lookup_table
 from tests.plugins.test_weight_only import compiled
 
 # torch's own compiler still imports modules that use it
@@ -44,14 +45,15 @@ def test_eight_tiles_share_one_second_operand(format: str, dtype: torch.dtype) -
     for u in range(8):
         words = packed.words[0, u].numpy().view(np.uint32)
         if table:
-            lookup = formats.lookup_table(format, dtype)
+            lookup = lookup_table(format, dtype)
             shared, factor = np.repeat(np.array(lookup.pairs, np.uint32), 32), lookup.factor
             lanes = [np.arange(32, dtype=np.uint32) * 4] * 4
             first = emulator.run(assembly.expand_assembly(assembly.PAIRS.value, bfloat16), [*words.T, *lanes], shared)
         elif format == "int4":
             first = emulator.run(assembly.expand_assembly(assembly.BIASED.value, bfloat16), list(words.T))
         else:
-            halves = [emulator.run(assembly.expand_assembly(assembly.BYTES.value, bfloat16), list(half.T)) for half in words]
+            written = assembly.FLOATS if format == "fp8" else assembly.BYTES
+            halves = [emulator.run(assembly.expand_assembly(written.value, bfloat16), list(half.T)) for half in words]
             first = halves[0] + halves[1]
         part = multiply(first)[:, u]
         if packed.zeros is not None:

@@ -68,6 +68,7 @@ INSTRUCTIONS = {
     "or.b32": lambda a, b: a | b,
     "lop3.b32": lambda a, b, c, table: (a & b) | c,  # the one table in use, 0xEA
     "shr.u32": lambda a, b: a >> b,
+    "shl.b32": lambda a, b: a << b,
     "bfe.u32": lambda a, first, length: a >> first & ((U32(1) << length) - U32(1)),
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "prmt.b32": prmt,

@@ -11,9 +11,9 @@ from functools import lru_cache
 
 import triton.language as tl
 
-#: What a word holds: 4-bit labels, looked up with byte permutes or in pairs; integers of 4 bits; the same plus a power of two; 8 bits;
-#: labels looked up in the pairs that ``SHARED_PAIRS`` made room for.
-PERMUTE, PAIRS, AFFINE, BIASED, BYTES, NAMED = (tl.constexpr(i) for i in range(6))
+#: What a word holds: 4-bit labels, looked up with byte permutes, in pairs, or in the pairs that ``SHARED_PAIRS`` made room for; integers of
+#: 4 bits; the same plus a power of two; from ``BYTES`` on 8 bits, integers and floats.
+PERMUTE, PAIRS, NAMED, AFFINE, BIASED, BYTES, FLOATS = (tl.constexpr(i) for i in range(7))
 BF16, FP16, FP32 = (tl.constexpr(i) for i in range(3))
 
 #: ``lop3`` for a & b | c: written as two instructions, it stays two where b and c are constants.
@@ -23,6 +23,8 @@ TIMES = "{ .reg .b32 nothing; mov.b32 nothing, 0x80008000; fma.rn.bf16x2 $0, $1,
 #: Without braces: what follows in the kernel may name it too.
 SHARED_PAIRS = ".shared .align 1024 .b8 pairs[32768]; mov.u32 $0, pairs;"
 FILL = "st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.u32 $0, $1;"
+#: Until the tensor cores have read all registers they were given.
+WAIT = "wgmma.wait_group.sync.aligned 0; mov.u32 $0, $1;"
 
 
 @lru_cache
@@ -32,16 +34,28 @@ def expand_assembly(kind: int, bfloat16: bool) -> tuple[str, str]:
 
 
 @lru_cache
-def expand_word_assembly(kind: int, bfloat16: bool) -> tuple[str, str]:
-    """From one word to pairs of neighbouring columns: two rows of two pairs each, or two pairs of one row for 8 bits."""
-    text, registers = _expand(kind, bfloat16, range(1))
-    renamed = {2: 1, 8: 2} if kind == BYTES.value else {16: 4} | {20 + 4 * i: 5 + i for i in range(_more(kind))}
-    return re.sub(r"\$(\d+)", lambda found: f"${renamed.get(int(found[1]), int(found[1]))}", text), registers
+def expand_word_assembly(kind: int, bfloat16: bool, scaled: bool = False) -> tuple[str, str]:
+    """From one word to pairs of neighbouring columns: two rows of two pairs each, or two pairs of one row for 8 bits.
+
+    :param scaled: times the two rows' scales, of the values' type and side by side in one more operand. Not for 8 bits.
+    """
+    text, registers = _expand(kind, bfloat16, range(1), (_scale(f"${20 + 4 * _more(kind)}", bfloat16),) if scaled else ())
+    renamed = {2: 1, 8: 2} if kind >= BYTES.value else {16: 4} | {20 + 4 * i: 5 + i for i in range(_more(kind) + 1)}
+    text = re.sub(r"\$(\d+)", lambda found: f"${renamed.get(int(found[1]), int(found[1]))}", text)
+    return text, registers + ",r" * scaled
+
+
+def _scale(scales: str, bfloat16: bool) -> str:
+    """Registers 0 to 3 times their row's scale: Triton would swap the halves of each, multiply and swap them back."""
+    lines = [".reg .b32 even, odd, nothing; mov.b32 nothing, 0x80008000;"]
+    lines.append(f"prmt.b32 even, {scales}, {scales}, 0x1010; prmt.b32 odd, {scales}, {scales}, 0x3232;")
+    lines += [f"{_fma(bfloat16)} ${register}, ${register}, {('even', 'odd')[register % 2]}, nothing;" for register in range(4)]
+    return "\n".join(lines)
 
 
 def _words(kind: int) -> int:
     """Number of the first register that holds words, where there are four."""
-    return 8 if kind == BYTES.value else 16
+    return 8 if kind >= BYTES.value else 16
 
 
 def _more(kind: int) -> int:
@@ -49,14 +63,17 @@ def _more(kind: int) -> int:
     return {PERMUTE.value: 8, PAIRS.value: 1, NAMED.value: 1, AFFINE.value: 2}.get(kind, 0)
 
 
-def _expand(kind: int, bfloat16: bool, words: range) -> tuple[str, str]:
-    write = (_permute, _pairs, _affine, _biased, _bytes, _named)[kind]
+def _expand(kind: int, bfloat16: bool, words: range, after: tuple[str, ...] = ()) -> tuple[str, str]:
+    write = (_permute, _pairs, _named, _affine, _biased, _bytes, _floats)[kind]
     head = ".reg .b32 n, s, m, o, ha, hb, la, lb, h, l, minus, magic; "
     head += f"mov.b32 minus, {0xBF80BF80 if bfloat16 else 0xBC00BC00:#x}; mov.b32 magic, {magic_bits(bfloat16):#x};"
+    if kind == FLOATS.value:
+        head = ".reg .b32 s, m, o, power, nothing; "
+        head += f"mov.b32 power, {0x7B807B80 if bfloat16 else 0x5C005C00:#x}; mov.b32 nothing, 0x80008000;"
     count = len(words)
     operands = count + (4 if count == 4 else 1) * _more(kind)
     registers = ["=&r"] * (_words(kind) * count // 4) + ["r"] * operands
-    return braced(head, *(write(word, bfloat16) for word in words)), ",".join(registers)
+    return braced(head, *(write(word, bfloat16) for word in words), *after), ",".join(registers)
 
 
 def _permute(word: int, bfloat16: bool) -> str:
@@ -117,6 +134,23 @@ def _bytes(word: int, bfloat16: bool) -> str:
             source = "s"
         lines.append(f"lop3.b32 m, {source}, 0x007F007F, magic, {AND_OR}; lop3.b32 o, {source}, 0x00800080, magic, {AND_OR};")
         lines.append(f"{_fma(bfloat16)} ${4 * (word // 2) + word % 2 + 2 * pair}, o, minus, m;")
+    return "\n".join(lines)
+
+
+def _floats(word: int, bfloat16: bool) -> str:
+    """Floats with 4 bits of exponent and 3 of mantissa: sign and the other 7 bits go to their places among 16, and the number that they are
+    there is 2^(127 - 7) times too small in bfloat16, 2^(15 - 7) in float16. Exact, subnormal values included.
+    """
+    mask, right = (0x07F007F0, 4) if bfloat16 else (0x3F803F80, 1)
+    lines = []
+    for pair in range(2):
+        source = f"${8 + word}"
+        if pair:
+            lines.append(f"shr.u32 m, {source}, {right};")
+        else:
+            lines.append(f"shl.b32 s, {source}, 8; shl.b32 m, {source}, {8 - right};")
+        lines.append(f"and.b32 o, m, {mask:#x}; lop3.b32 m, {source if pair else 's'}, 0x80008000, o, {AND_OR};")
+        lines.append(f"{_fma(bfloat16)} ${4 * (word // 2) + word % 2 + 2 * pair}, m, power, nothing;")
     return "\n".join(lines)
 
 

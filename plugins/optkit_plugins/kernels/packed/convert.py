@@ -18,7 +18,7 @@ OFF_GRID = 0.05
 
 
 def use_fused_kernels(model: nn.Module) -> dict[str, str]:
-    """Replace bitsandbytes' 4-bit and torchao's weight-only int8 layers of the model, one at a time.
+    """Replace bitsandbytes' 4-bit and torchao's weight-only int8 and float8 layers of the model, one at a time.
 
     The layers multiply with the same weights as before, but are no longer bitsandbytes' or torchao's: transformers cannot save them
     until ``give_back`` has put those back.
@@ -67,7 +67,7 @@ def _maker(module: nn.Module) -> Callable[[Any], WeightOnlyLinear] | None:
     weight_only = getattr(module.weight, "act_quant_kwargs", None) is None
     if (
         isinstance(codes, torch.Tensor)
-        and codes.dtype == torch.int8
+        and codes.dtype in (torch.int8, torch.float8_e4m3fn)
         and scale is not None
         and scale.numel() == codes.shape[0]
         and weight_only
@@ -116,16 +116,19 @@ def to_bitsandbytes(fused: WeightOnlyLinear, dtype: torch.dtype, compute_dtype: 
 
 
 def from_torchao(linear: nn.Linear) -> WeightOnlyLinear:
-    """From a linear layer whose weight is torchao's ``Int8Tensor`` with one scale a row."""
-    weight: Any = linear.weight
-    fused = WeightOnlyLinear(formats.pack_int8_codes(weight.qdata, weight.scale), linear.bias)
-    kind, block, dtype, scale, zero = type(weight.data), weight.block_size, weight.dtype, weight.scale.clone(), weight.zero_point
+    """From a linear layer whose weight is torchao's ``Int8Tensor`` or ``Float8Tensor`` with one scale a row."""
+    weight: Any = linear.weight.data
+    pack = formats.pack_int8_codes if weight.qdata.dtype == torch.int8 else formats.pack_fp8_codes
+    fused = WeightOnlyLinear(pack(weight.qdata, weight.scale), linear.bias)
+    kind, (names, attributes) = type(weight), weight.__tensor_flatten__()
+    rest = {name: getattr(weight, name).clone() for name in names if name != "qdata"}  # scales, and an int8 weight's zero points
 
     def back(layer: WeightOnlyLinear) -> nn.Module:
         with torch.device("meta"):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        codes = formats.integers(layer.packed).to(torch.int8)
-        plain.weight = nn.Parameter(kind(codes, scale, block, dtype, zero_point=zero), requires_grad=False)
+        codes = formats.integers(layer.packed)
+        tensors = {name: value.to(codes.device) for name, value in rest.items()} | {"qdata": codes}
+        plain.weight = nn.Parameter(kind.__tensor_unflatten__(tensors, attributes, None, None), requires_grad=False)
         plain.register_parameter("bias", layer.bias)
         return plain
 

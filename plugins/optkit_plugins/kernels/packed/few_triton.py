@@ -17,28 +17,16 @@ import triton
 import triton.language as tl
 
 from optkit_plugins.kernels.packed.assembly import AFFINE, BF16, BYTES, FP32, PAIRS, PERMUTE
+from optkit_plugins.kernels.packed.table_triton import expand, fill_pairs, load_pairs, load_permuted
 
 
 @triton.jit
 def load_tiles(
-    words,
-    scales,
-    zeros,
-    tile,
-    first,
-    row_tiles,
-    blocks,
-    lane,
-    KIND: tl.constexpr,
-    SCALE: tl.constexpr,
-    TILES_A_GROUP: tl.constexpr,
-    ZEROS: tl.constexpr,
-    WK: tl.constexpr,
-    R: tl.constexpr,
-    U: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """Words, scales and zeros of U column tiles by R row tiles, with what lies past the last column tile as zero."""
+    words, scales, zeros, tile, first, end, row_tiles, blocks, lane,
+    KIND: tl.constexpr, SCALE: tl.constexpr, TILES_A_GROUP: tl.constexpr, ZEROS: tl.constexpr,
+    WK: tl.constexpr, R: tl.constexpr, U: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Words, scales and zeros of U column tiles by R row tiles, with what lies at ``end`` and past it as zero."""
     j = tl.arange(0, 4)[None, :]
     loaded = ()
     grouped = ()
@@ -54,7 +42,7 @@ def load_tiles(
                 if EVEN:
                     loaded = loaded + (tl.load(pointer), tl.load(pointer + 128))
                 else:
-                    inside = (block < blocks)[:, None]
+                    inside = (block < end)[:, None]
                     loaded = loaded + (tl.load(pointer, mask=inside, other=0), tl.load(pointer + 128, mask=inside, other=0))
             else:
                 pointer = words + (at * 128 + lane * 4)[:, None] + j
@@ -62,8 +50,8 @@ def load_tiles(
                 if EVEN:
                     loaded = loaded + (tl.load(pointer),)
                 else:
-                    loaded = loaded + (tl.load(pointer, mask=(block < blocks)[:, None], other=0),)
-                    group = tl.where(block < blocks, group, 0)
+                    loaded = loaded + (tl.load(pointer, mask=(block < end)[:, None], other=0),)
+                    group = tl.where(block < end, group, 0)
                 if SCALE == FP32:
                     grouped = grouped + (tl.load(scales + group * 2), tl.load(scales + group * 2 + 1))
                 else:
@@ -74,7 +62,7 @@ def load_tiles(
 
 
 @triton.jit
-def load_activations(x, token, block, batch, blocks, t, WK: tl.constexpr, U: tl.constexpr, NT: tl.constexpr, EVEN: tl.constexpr):
+def load_activations(x, token, block, end, batch, blocks, t, WK: tl.constexpr, U: tl.constexpr, NT: tl.constexpr, EVEN: tl.constexpr):
     """The second operands of U column tiles by NT tiles of activations, straight from memory.
 
     Past the batch the last activation is read again: what comes of it is not stored, and nothing has to be set to zero.
@@ -88,12 +76,61 @@ def load_activations(x, token, block, batch, blocks, t, WK: tl.constexpr, U: tl.
             if EVEN:
                 activations = activations + (tl.load(pointer), tl.load(pointer + 16))
             else:
-                inside = (at < blocks)[:, None]
+                inside = (at < end)[:, None]
                 activations = activations + (tl.load(pointer, mask=inside, other=0), tl.load(pointer + 16, mask=inside, other=0))
     return activations
 
 
-@triton.jit(do_not_specialize=["batch", "rows", "row_tiles", "blocks", "inverse", "once"])
+@triton.jit
+def spread(grouped, at: tl.constexpr, j, SCALE: tl.constexpr):
+    """A tile's scales as float32 (threads, 4), in the order of the sums: registers 0 and 1 are row g, 2 and 3 row g + 8."""
+    if SCALE == FP32:
+        factors = tl.where(j < 2, grouped[2 * at][:, None], grouped[2 * at + 1][:, None])
+    else:
+        both = grouped[at][:, None]
+        if SCALE == BF16:
+            factors = tl.where(j < 2, both << 16, both & -65536).to(tl.float32, bitcast=True)
+        else:
+            factors = tl.where(j < 2, both, both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return factors
+
+
+@triton.jit
+def add_tiles(
+    sums, loaded, grouped, offsets, activations, more, j, u: tl.constexpr,
+    KIND: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr, R: tl.constexpr, NT: tl.constexpr,
+    EXPAND: tl.constexpr, EXPAND_REGISTERS: tl.constexpr, MULTIPLY: tl.constexpr, MULTIPLY_REGISTERS: tl.constexpr, MAGIC: tl.constexpr,
+):  # fmt: skip
+    """Multiply the column tile ``u`` of R row tiles with NT tiles of activations."""
+    expanded = ()
+    factors = ()
+    for r in tl.static_range(R):
+        if KIND == AFFINE:
+            if ZEROS:
+                pair = offsets[u * R + r].to(tl.int32)
+                more = (((pair & 0xFF) * 0x10001 | MAGIC)[:, None], ((pair >> 8 & 0xFF) * 0x10001 | MAGIC)[:, None])
+            else:
+                more = (MAGIC | 0x80008, MAGIC | 0x80008)
+        expanded = expanded + (expand(loaded, u * R + r, more, KIND, EXPAND, EXPAND_REGISTERS),)
+        if KIND != BYTES:
+            factors = factors + (spread(grouped, u * R + r, j, SCALE),)
+    for n in tl.static_range(NT):
+        second = (activations[2 * (u * NT + n)], activations[2 * (u * NT + n) + 1])
+        for r in tl.static_range(R):
+            if KIND == BYTES:
+                total = tl.inline_asm_elementwise(
+                    MULTIPLY, MULTIPLY_REGISTERS, expanded[r] + second + (sums[n * R + r],), dtype=tl.float32, is_pure=True, pack=4
+                )
+            else:
+                part = tl.inline_asm_elementwise(
+                    MULTIPLY, MULTIPLY_REGISTERS, expanded[r] + second, dtype=tl.float32, is_pure=True, pack=4
+                )  # fmt: skip
+                total = sums[n * R + r] + part * factors[r]
+            sums = sums[: n * R + r] + (total,) + sums[n * R + r + 1 :]
+    return sums
+
+
+@triton.jit(do_not_specialize=["batch", "rows", "row_tiles", "blocks", "share", "inverse", "once"])
 def weight_only_product_few(
     x,  # *int32: activations (batch, columns), two 16-bit values a word
     words,
@@ -101,11 +138,12 @@ def weight_only_product_few(
     zeros,  # *int16: two codes
     table,  # *int32
     bias,
-    out,  # (batch, rows)
+    out,  # (batch, rows); (splits, batch, rows) where several programs share the columns
     batch,
     rows,
     row_tiles,
     blocks,  # column tiles
+    share,  # column tiles of a program
     inverse,  # float: what the sum is multiplied with at the end
     once,  # 1, which the compiler does not know: loads stay in front of a branch, but not of arithmetic
     KIND: tl.constexpr,
@@ -118,7 +156,7 @@ def weight_only_product_few(
     R: tl.constexpr,  # row tiles a warp
     U: tl.constexpr,  # column tiles that a warp loads at once
     NT: tl.constexpr,  # tiles of 8 activations
-    EVEN: tl.constexpr,  # the columns divide into steps without a rest
+    EVEN: tl.constexpr,  # a program's columns divide into steps without a rest
     AHEAD: tl.constexpr,  # steps whose weights are under way while one is computed
     EXPAND: tl.constexpr,
     EXPAND_REGISTERS: tl.constexpr,
@@ -136,6 +174,8 @@ def weight_only_product_few(
     g = lane // 4
     t = lane % 4
     first = tl.program_id(1) * (NT * 8)
+    begin = tl.program_id(2) * share
+    end = begin + share
     tile = (tl.program_id(0) * WM + wm) * R
     sums = ()
     for _ in tl.static_range(R * NT):
@@ -146,151 +186,39 @@ def weight_only_product_few(
         offsets = ()
     for ahead in tl.static_range(AHEAD):
         tiles = load_tiles(
-            words,
-            scales,
-            zeros,
-            tile,
-            ahead * (WK * U) + wk,
-            row_tiles,
-            blocks,
-            lane,
-            KIND,
-            SCALE,
-            TILES_A_GROUP,
-            ZEROS,
-            WK,
-            R,
-            U,
-            EVEN and ahead == 0,
-        )
+            words, scales, zeros, tile, begin + ahead * (WK * U) + wk, end, row_tiles, blocks, lane,
+            KIND, SCALE, TILES_A_GROUP, ZEROS, WK, R, U, EVEN and ahead == 0,
+        )  # fmt: skip
         loaded = loaded + tiles[0]
         grouped = grouped + tiles[1]
         offsets = offsets + tiles[2]
     if KIND == PERMUTE:
-        # every lane has its own copy: what is equal in all lanes is kept in uniform registers and fetched anew for each use
-        more = (
-            tl.load(table + lane)[:, None],
-            tl.load(table + 32 + lane)[:, None],
-            tl.load(table + 64 + lane)[:, None],
-            tl.load(table + 96 + lane)[:, None],
-            tl.load(table + 128 + lane)[:, None],
-            tl.load(table + 160 + lane)[:, None],
-            tl.load(table + 192 + lane)[:, None],
-            tl.load(table + 224 + lane)[:, None],
-        )
-    if KIND == PAIRS:
-        # 256 pairs, each in all 32 banks: a thread reads its own bank's copy and never meets another
-        base = tl.inline_asm_elementwise(
-            "{ .shared .align 128 .b8 pairs[32768]; mov.u32 $0, pairs; }", "=r,r", [rows], dtype=tl.int32, is_pure=False, pack=1
-        )
-        for round in tl.static_range(256 // (WK * WM * 32) if WK * WM * 32 < 256 else 1):
-            entry = (thread + round * (WK * WM * 32)) % 256
-            value = tl.load(table + entry)
-            for chunk in tl.static_range(8):
-                where = base + entry * 128 + (entry + chunk) % 8 * 16
-                tl.inline_asm_elementwise(FILL, "=r,r,r", [where, value], dtype=tl.int32, is_pure=False, pack=1)
-        tl.debug_barrier()
-        base = tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [base + lane * 4], dtype=tl.int32, is_pure=False, pack=1)
-        more = (base[:, None],)
-
+        more = load_permuted(table, lane)
+    elif KIND == PAIRS:
+        more = (fill_pairs(load_pairs(table, thread, WK * WM * 32), thread, rows, WK * WM * 32, FILL),)
+    else:
+        more = ()
     token = first + g
     if AHEAD:
-        activations = load_activations(x, token, wk, batch, blocks, t, WK, U, NT, EVEN)
-    for step in range(0, blocks, WK * U):
+        activations = load_activations(x, token, begin + wk, end, batch, blocks, t, WK, U, NT, EVEN)
+    for step in range(begin, end, WK * U):
         if AHEAD:
             next = load_tiles(
-                words,
-                scales,
-                zeros,
-                tile,
-                step + AHEAD * (WK * U) + wk,
-                row_tiles,
-                blocks,
-                lane,
-                KIND,
-                SCALE,
-                TILES_A_GROUP,
-                ZEROS,
-                WK,
-                R,
-                U,
-                False,
-            )
-            more_activations = load_activations(x, token, step + WK * U + wk, batch, blocks, t, WK, U, NT, False)
+                words, scales, zeros, tile, step + AHEAD * (WK * U) + wk, end, row_tiles, blocks, lane,
+                KIND, SCALE, TILES_A_GROUP, ZEROS, WK, R, U, False,
+            )  # fmt: skip
+            more_activations = load_activations(x, token, step + WK * U + wk, end, batch, blocks, t, WK, U, NT, False)
         else:
             loaded, grouped, offsets = load_tiles(
-                words, scales, zeros, tile, step + wk, row_tiles, blocks, lane, KIND, SCALE, TILES_A_GROUP, ZEROS, WK, R, U, EVEN
+                words, scales, zeros, tile, step + wk, end, row_tiles, blocks, lane, KIND, SCALE, TILES_A_GROUP, ZEROS, WK, R, U, EVEN
             )
-            activations = load_activations(x, token, step + wk, batch, blocks, t, WK, U, NT, EVEN)
+            activations = load_activations(x, token, step + wk, end, batch, blocks, t, WK, U, NT, EVEN)
         if once != 0:
             for u in tl.static_range(U):
-                expanded = ()
-                factors = ()
-                for r in tl.static_range(R):
-                    if KIND == BYTES:
-                        for half in tl.static_range(2):
-                            expanded = expanded + tl.inline_asm_elementwise(
-                                EXPAND, EXPAND_REGISTERS, [loaded[2 * (u * R + r) + half]], dtype=(tl.int32, tl.int32), is_pure=True, pack=4
-                            )
-                    else:
-                        if KIND == AFFINE:
-                            if ZEROS:
-                                pair = offsets[u * R + r].to(tl.int32)
-                                more = (
-                                    ((pair & 0xFF) * 0x10001 | MAGIC)[:, None],
-                                    ((pair >> 8 & 0xFF) * 0x10001 | MAGIC)[:, None],
-                                )
-                            else:
-                                more = (MAGIC | 0x80008, MAGIC | 0x80008)
-                        expanded = expanded + tl.inline_asm_elementwise(
-                            EXPAND,
-                            EXPAND_REGISTERS,
-                            (loaded[u * R + r],) + more,
-                            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-                            is_pure=True,
-                            pack=4,
-                        )
-                        if SCALE == FP32:
-                            factors = factors + (tl.where(j < 2, grouped[2 * (u * R + r)][:, None], grouped[2 * (u * R + r) + 1][:, None]),)
-                        elif SCALE == BF16:
-                            both = grouped[u * R + r][:, None]
-                            factors = factors + (tl.where(j < 2, both << 16, both & -65536).to(tl.float32, bitcast=True),)
-                        else:
-                            both = grouped[u * R + r][:, None]
-                            one = tl.where(j < 2, both, both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-                            factors = factors + (one.to(tl.float32),)
-                for n in tl.static_range(NT):
-                    low = activations[2 * (u * NT + n)]
-                    high = activations[2 * (u * NT + n) + 1]
-                    for r in tl.static_range(R):
-                        if KIND == BYTES:
-                            total = tl.inline_asm_elementwise(
-                                MULTIPLY,
-                                MULTIPLY_REGISTERS,
-                                [
-                                    expanded[4 * r],
-                                    expanded[4 * r + 1],
-                                    expanded[4 * r + 2],
-                                    expanded[4 * r + 3],
-                                    low,
-                                    high,
-                                    sums[n * R + r],
-                                ],
-                                dtype=tl.float32,
-                                is_pure=True,
-                                pack=4,
-                            )
-                        else:
-                            part = tl.inline_asm_elementwise(
-                                MULTIPLY,
-                                MULTIPLY_REGISTERS,
-                                [expanded[4 * r], expanded[4 * r + 1], expanded[4 * r + 2], expanded[4 * r + 3], low, high],
-                                dtype=tl.float32,
-                                is_pure=True,
-                                pack=4,
-                            )
-                            total = sums[n * R + r] + part * factors[r]
-                        sums = sums[: n * R + r] + (total,) + sums[n * R + r + 1 :]
+                sums = add_tiles(
+                    sums, loaded, grouped, offsets, activations, more, j, u,
+                    KIND, SCALE, ZEROS, R, NT, EXPAND, EXPAND_REGISTERS, MULTIPLY, MULTIPLY_REGISTERS, MAGIC,
+                )  # fmt: skip
         if AHEAD:
             loaded = loaded[U * R * (2 if KIND == BYTES else 1) :] + next[0]
             grouped = grouped[(0 if KIND == BYTES else U * R * (2 if SCALE == FP32 else 1)) :] + next[1]
@@ -307,4 +235,5 @@ def weight_only_product_few(
                 result *= tl.load(scales + row // 16 * 16 + row % 8 * 2 + row % 16 // 8, mask=row < rows, other=0).to(tl.float32)
             if BIAS:
                 result += tl.load(bias + row, mask=row < rows, other=0).to(tl.float32)
-            tl.store(out + token_out * rows + row, result.to(out.dtype.element_ty), mask=(token_out < batch) & (row < rows))
+            part = tl.program_id(2) * batch + token_out
+            tl.store(out + part * rows + row, result.to(out.dtype.element_ty), mask=(token_out < batch) & (row < rows))

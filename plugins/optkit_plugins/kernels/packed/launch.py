@@ -7,36 +7,46 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from optkit_plugins.kernels.packed.formats import TABLES, TILE_COLUMNS, Packed, lookup_table
+from optkit_plugins.kernels.packed.around import add_up, order
+from optkit_plugins.kernels.packed.device import ROOMY_SHARED, most_shared, multiplies_in_background, starts_early
+from optkit_plugins.kernels.packed.formats import TILE_COLUMNS, Packed
 from optkit_plugins.kernels.packed.lookup import lookup
+from optkit_plugins.kernels.packed.tables import TABLES, lookup_table
 from optkit_plugins.kernels.packed.variants import Few, Row, Wide, choose
 
 #: Bytes of shared memory up to which Triton takes what every kernel may have, without asking the driver for more.
 SMALL_SHARED = 48 << 10
+#: Bytes of the pairs of values that ``assembly.SHARED_PAIRS`` makes room for.
+PAIRS_SHARED = 32 << 10
 
 
 class LayoutError(RuntimeError):
-    """Triton gave threads other registers than the kernel's assembly relies on."""
+    """Triton gave threads other registers than the kernel's assembly relies on, or a program more shared memory than there is."""
 
 
 @dataclass(frozen=True)
 class Fused:
-    """What a product of one activation does beside multiplying (see ``fused.product``)."""
+    """What a product of one activation does beside multiplying (see ``fused.product``).
+
+    :ivar early: it may start before the kernel in front of it is done, and reads its weights before it waits for that: only for weights
+        that no kernel has written just before.
+    """
 
     norm_weight: torch.Tensor | None = None
     eps: float = 0.0
     residual: torch.Tensor | None = None
     gated: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True)
 class Call:
-    """A kernel's arguments: tensors, then numbers, then constants; warps and stages of a program; programs."""
+    """A kernel's arguments: tensors, then numbers, then constants; warps and stages of a program; programs; whether they start early."""
 
     kernel: Any
     tensors: list[torch.Tensor]
@@ -45,6 +55,7 @@ class Call:
     warps: int
     grid: tuple[int, ...]
     stages: int = 1
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,11 +88,14 @@ def product(
     """
     tensors = (packed.scales, packed.zeros, bias, fused.norm_weight, fused.residual)
     aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    kinds = (packed.scales.dtype, *(tensor is None for tensor in tensors[1:]), fused.eps, fused.gated, x.dtype, x.device, aligned)
+    absent = tuple(tensor is None for tensor in tensors)
+    kinds = (packed.scales.dtype, absent, fused.eps, fused.gated, fused.early, x.dtype, x.device, aligned)
     key = (packed.format, packed.shape, packed.group, x.shape[0], variant, kinds)
     launch = _launches.get(key)
     row_tiles, blocks = packed.words.shape[:2]
-    chosen = launch.variant if launch else variant or choose(packed.format, x.shape[0], row_tiles, blocks, fused.gated)
+    chosen = launch.variant if launch else fitting(variant or choose(packed.format, x.shape[0], row_tiles, blocks, fused.gated), x.device)
+    if isinstance(chosen, Wide) and chosen.ordered:
+        x = order(x)
     out = _output(x, packed, chosen, fused)
     if launch is None:
         launch = _launches[key] = prepare(arguments(x, packed, bias, chosen, fused, out), chosen)
@@ -91,27 +105,33 @@ def product(
 
 def prepare(call: Call, variant: Row | Few | Wide) -> Launch:
     """Compile the kernel for calls like this one, and check its registers."""
-    compiled = call.kernel.warmup(
-        *call.tensors, *call.numbers, **call.constants, num_warps=call.warps, num_stages=call.stages, grid=call.grid
-    )
+    options = {"num_warps": call.warps, "num_stages": call.stages, **({"launch_pdl": True} if call.early else {})}
+    compiled = call.kernel.warmup(*call.tensors, *call.numbers, **call.constants, **options, grid=call.grid)
     if not isinstance(variant, Wide) and not one_row_a_thread(compiled):
         raise LayoutError("this Triton lays (threads, 4) tensors out in another way than the fused kernel needs")
-    if isinstance(variant, Wide) and variant.pairs and compiled.metadata.shared <= SMALL_SHARED:
-        raise LayoutError(f"the kernel's own {compiled.metadata.shared} bytes of shared memory leave no room for the pairs beside them")
+    if isinstance(variant, Wide) and call.tensors[0].is_cuda:
+        check_shared(compiled.metadata.shared, variant, call.tensors[0].device)
     names = call.kernel.arg_names[len(call.tensors) + len(call.numbers) :]
     return Launch(compiled[(*call.grid, 1, 1)[:3]], variant, (*call.numbers, *(call.constants[name] for name in names)))
 
 
-def add_up(parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """The sums (splits, batch, rows) of programs that shared the columns, added in one pass: (batch, rows) in ``dtype``."""
-    from optkit_plugins.kernels.packed import plain as kernel
+def fitting(variant: Row | Few | Wide, device: torch.device) -> Row | Few | Wide:
+    """Byte permutes instead of pairs in shared memory where many activations leave no room for these (sm_86, 89 and 120)."""
+    if isinstance(variant, Wide) and variant.pairs and most_shared(device) < ROOMY_SHARED:
+        return replace(variant, pairs=False)
+    return variant
 
-    splits, batch, rows = parts.shape
-    out = torch.empty(batch, rows, dtype=dtype, device=parts.device)
-    block = 1024
-    grid = (-(-out.numel() // block),)
-    kernel.add_up[grid](parts, bias if bias is not None else out, out, out.numel(), rows, SPLITS=splits, BIAS=bias is not None, BLOCK=block)
-    return out
+
+def check_shared(own: int, variant: Wide, device: torch.device) -> None:
+    """:param own: bytes of shared memory that Triton knows of.
+
+    :raises LayoutError: where the kernel could not be launched.
+    """
+    if variant.pairs and own <= SMALL_SHARED:
+        raise LayoutError(f"the kernel's own {own} bytes of shared memory leave no room for the pairs beside them")
+    needed = own + (PAIRS_SHARED if variant.pairs else 0)
+    if needed > most_shared(device):
+        raise LayoutError(f"the kernel takes {needed} bytes of shared memory, and a program may have {most_shared(device)} here")
 
 
 # Arguments ----------------------------------------------------------------------------------------------------------------------------
@@ -129,7 +149,7 @@ def arguments(
 
 def _output(x: torch.Tensor, packed: Packed, variant: Row | Few | Wide, fused: Fused) -> torch.Tensor:
     shape = (x.shape[0], packed.shape[0] // (2 if fused.gated else 1))
-    if isinstance(variant, Wide) and variant.splits > 1:
+    if not isinstance(variant, Row) and variant.splits > 1:
         return torch.empty((variant.splits, *shape), dtype=torch.float32, device=x.device)
     return torch.empty(shape, dtype=x.dtype, device=x.device)
 
@@ -164,11 +184,11 @@ def _row_call(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, varian
 
     row_tiles, blocks = packed.words.shape[:2]
     bfloat16 = x.dtype == torch.bfloat16
-    kind = {"int4": assembly.BIASED, "int8": assembly.BYTES}.get(packed.format, assembly.PAIRS).value
+    kind = {"int4": assembly.BIASED, "int8": assembly.BYTES, "fp8": assembly.BYTES}.get(packed.format, assembly.PAIRS).value
     step = variant.column_warps * variant.column_tiles
     constants = {
         **common(packed, bias is not None),
-        **_assembly(kind, bfloat16, False),
+        **_assembly(assembly.FLOATS.value if packed.format == "fp8" else kind, bfloat16, False),
         "KIND": kind,
         "NORM": fused.norm_weight is not None,
         "RESIDUAL": fused.residual is not None,
@@ -178,6 +198,7 @@ def _row_call(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, varian
         "U": variant.column_tiles,
         "STEPS": -(-blocks // step),
         "EVEN": blocks >= step,
+        "EARLY": fused.early,
         "MAGIC": assembly.magic(bfloat16),
         "ONES": assembly.one_bits(bfloat16),
         "FILL": assembly.FILL,
@@ -186,7 +207,8 @@ def _row_call(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, varian
     numbers = [packed.shape[0], row_tiles, blocks, inverse(packed, x.dtype), fused.eps, 1]
     warps = variant.column_warps * variant.row_warps
     grid = (-(-row_tiles // variant.row_warps),)
-    return Call(kernel.weight_only_product_row, pointers(x, packed, bias, variant, fused, out), numbers, constants, warps, grid)
+    given = pointers(x, packed, bias, variant, fused, out)
+    return Call(kernel.weight_only_product_row, given, numbers, constants, warps, grid, early=fused.early)
 
 
 def _few_call(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, variant: Few, fused: Fused, out: torch.Tensor) -> Call:
@@ -196,25 +218,26 @@ def _few_call(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, varian
     row_tiles, blocks = packed.words.shape[:2]
     bfloat16 = x.dtype == torch.bfloat16
     table = assembly.PAIRS if variant.pairs else assembly.PERMUTE
-    kind = {"int4": assembly.AFFINE, "int8": assembly.BYTES}.get(packed.format, table).value
+    kind = {"int4": assembly.AFFINE, "int8": assembly.BYTES, "fp8": assembly.BYTES}.get(packed.format, table).value
     tokens = 8 if x.shape[0] <= 8 else 16
     step = variant.column_warps * variant.column_tiles
+    share = blocks // variant.splits
     constants = {
-        **common(packed, bias is not None),
-        **_assembly(kind, bfloat16, kind == assembly.BYTES.value),
+        **common(packed, bias is not None and variant.splits == 1),
+        **_assembly(assembly.FLOATS.value if packed.format == "fp8" else kind, bfloat16, kind == assembly.BYTES.value),
         "KIND": kind,
         "WK": variant.column_warps,
         "WM": variant.row_warps,
         "R": variant.row_tiles,
         "U": variant.column_tiles,
         "NT": tokens // 8,
-        "EVEN": blocks % step == 0,
-        "AHEAD": variant.ahead if blocks > step else 0,
+        "EVEN": share % step == 0,
+        "AHEAD": variant.ahead if share > step else 0,
         "MAGIC": assembly.magic_bits(bfloat16),
         "FILL": assembly.FILL,
     }
-    numbers = [x.shape[0], packed.shape[0], row_tiles, blocks, inverse(packed, x.dtype), 1]
-    grid = (-(-row_tiles // (variant.row_warps * variant.row_tiles)), -(-x.shape[0] // tokens))
+    numbers = [x.shape[0], packed.shape[0], row_tiles, blocks, share, inverse(packed, x.dtype), 1]
+    grid = (-(-row_tiles // (variant.row_warps * variant.row_tiles)), -(-x.shape[0] // tokens), variant.splits)
     warps = variant.column_warps * variant.row_warps
     return Call(kernel.weight_only_product_few, pointers(x, packed, bias, variant, fused, out), numbers, constants, warps, grid)
 
@@ -224,6 +247,7 @@ def _wide_call(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, varia
     from optkit_plugins.kernels.packed import wide_triton as kernel
 
     row_tiles, blocks = packed.words.shape[:2]
+    early = starts_early(x.device)
     constants = {
         **common(packed, bias is not None and variant.splits == 1),
         **wide_assembly(packed, x.dtype, variant.pairs),
@@ -231,14 +255,19 @@ def _wide_call(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, varia
         "TOKENS": variant.tokens,
         "STEPS": 0,
         "STAGES": variant.stages,
+        "BLOCKS": variant.blocks,
         "WARPS": variant.warps,
+        "READY": variant.ordered,
+        "EARLY": early and variant.ordered,
+        "NEXT_EARLY": early and variant.splits > 1,
         "FILL": assembly.FILL,
         "SHARED_PAIRS": assembly.SHARED_PAIRS,
+        "WAIT": assembly.WAIT if multiplies_in_background(x.device) else "",
     }
     numbers = [x.shape[0], packed.shape[0], row_tiles, blocks, blocks // variant.splits, inverse(packed, x.dtype)]
     grid = (-(-row_tiles // variant.row_tiles), -(-x.shape[0] // variant.tokens), variant.splits)
     given = pointers(x, packed, bias, variant, fused, out)
-    return Call(kernel.weight_only_product_wide, given, numbers, constants, variant.warps, grid, variant.stages)
+    return Call(kernel.weight_only_product_wide, given, numbers, constants, variant.warps, grid, variant.stages, early and variant.ordered)
 
 
 def common(packed: Packed, bias: bool) -> dict[str, Any]:
@@ -263,10 +292,11 @@ def wide_assembly(packed: Packed, dtype: torch.dtype, pairs: bool = False) -> di
     from optkit_plugins.kernels.packed import assembly
 
     table = assembly.NAMED if pairs else assembly.PERMUTE
-    kind = {"int4": assembly.AFFINE, "int8": assembly.BYTES}.get(packed.format, table).value
+    kind = {"int4": assembly.AFFINE, "int8": assembly.BYTES, "fp8": assembly.FLOATS}.get(packed.format, table).value
     written = assembly.BIASED.value if kind == assembly.AFFINE.value else kind
-    expand, registers = assembly.expand_word_assembly(written, dtype == torch.bfloat16)
-    return {"KIND": kind, "ASSEMBLY": True, "EXPAND": expand, "EXPAND_REGISTERS": registers}
+    scaled = packed.format in TABLES and packed.scales.dtype == dtype
+    expand, registers = assembly.expand_word_assembly(written, dtype == torch.bfloat16, scaled)
+    return {"KIND": kind, "ASSEMBLY": True, "SCALED": scaled, "EXPAND": expand, "EXPAND_REGISTERS": registers}
 
 
 def inverse(packed: Packed, dtype: torch.dtype) -> float:

@@ -2,7 +2,7 @@
 
 Decoding few sequences reads every weight once a token and does little else, so bytes are time. The layer multiplies packed weights
 directly up to 256 activations (``launch``) and expands the weight for more. Formats: ``nf4`` and ``fp4`` (bitsandbytes' values
-and blocks), ``int4`` (groups with scale and zero, as GPTQ and AWQ store them), ``int8`` (one scale a row).
+and blocks), ``int4`` (groups with scale and zero, as GPTQ and AWQ store them), ``int8`` and ``fp8`` (one scale a row).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from optkit_plugins.kernels.fused import product as fused_product
 from optkit_plugins.kernels.packed import formats
+from optkit_plugins.kernels.packed.device import starts_early
 from optkit_plugins.kernels.packed.formats import FORMATS, Packed, dequantize, pack, pack_nf4, why_not
 from optkit_plugins.kernels.packed.variants import FUSED_BATCH, VERY_MANY
 
@@ -86,7 +87,9 @@ def fused_weight_only_linear(
 
         bias = bias if bias is None else bias.to(x.dtype)
         try:
-            result = launch.product(flat, packed, bias, fused=launch.Fused(norm_weight, eps, added, gated))
+            # compiled steps alone come here, and their weights were written long before
+            fused = launch.Fused(norm_weight, eps, added, gated, starts_early(x.device))
+            result = launch.product(flat, packed, bias, fused=fused)
             return result.reshape(*x.shape[:-1], outputs)
         except launch.LayoutError:
             pass  # the plain product warns of it

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from optkit_plugins.kernels.packed.formats import TABLES, labels, lookup_table
+from optkit_plugins.kernels.packed.tables import TABLES, labels, lookup_table
 
 
 def make_tables(format: str, device: torch.device) -> None:

@@ -11,7 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TABLE, AFFINE, BYTES = (tl.constexpr(i) for i in range(3))
+TABLE, AFFINE, BYTES, FLOATS = (tl.constexpr(i) for i in range(4))
+
+
+@triton.jit
+def float8(byte):
+    """The value of e4m3 bits, float32: in float16 it is 2^8 times smaller, subnormal values included."""
+    half = ((byte & 127) << 7 | (byte & 128) << 8).to(tl.int16).to(tl.float16, bitcast=True)
+    return half.to(tl.float32) * 256
 
 
 @triton.jit
@@ -24,11 +31,11 @@ def tile(words, scales, zeros, table, row_tile, block, blocks, KIND: tl.constexp
     step = column // 32 * 2 + column % 8 // 4  # of the four products
     at = row_tile * blocks + block
     scale_at = scales + row % 8 * 2 + half
-    if KIND == BYTES:
+    if KIND >= BYTES:
         # two loads of 16 bytes a thread; words by step and row, bytes by column
         word = tl.load(words + (at * 2 + step // 2) * 128 + lane * 4 + step % 2 * 2 + half)
         byte = word >> (column % 2 * 2 + column % 4 // 2) * 8 & 0xFF
-        value = tl.where(byte < 128, byte, byte - 256).to(tl.float32)
+        value = float8(byte) if KIND == FLOATS else tl.where(byte < 128, byte, byte - 256).to(tl.float32)
         return value * tl.load(scale_at + row_tile * 16).to(tl.float32)
     group = (row_tile * (blocks // TILES_A_GROUP) + block // TILES_A_GROUP) * 16
     scale = tl.load(scale_at + group).to(tl.float32)
@@ -87,8 +94,13 @@ def product(
 
 
 @triton.jit
-def add_up(parts, bias, out, size, rows, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """``out`` (batch, rows) = sum of ``parts`` (SPLITS, batch, rows), float32, plus bias. One program for BLOCK values."""
+def add_up(parts, bias, out, size, rows, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr = False):
+    """``out`` (batch, rows) = sum of ``parts`` (SPLITS, batch, rows), float32, plus bias. One program for BLOCK values.
+
+    :param EARLY: the kernel may start before the one in front of it is done, and waits for that at once.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros((BLOCK,), tl.float32)

@@ -18,49 +18,42 @@ import triton
 import triton.language as tl
 
 from optkit_plugins.kernels.packed.assembly import BF16, BIASED, BYTES, FP32, PAIRS, PERMUTE
+from optkit_plugins.kernels.packed.table_triton import expand, fill_pairs, load_pairs, load_permuted
 
 
 @triton.jit
-def load_words(words, row_tile, first, blocks, lane, KIND: tl.constexpr, U: tl.constexpr, EVEN: tl.constexpr):
-    """Words of U neighbouring tiles; zero past the last."""
-    j = tl.arange(0, 4)[None, :]
+def load_words(start, first, blocks, KIND: tl.constexpr, U: tl.constexpr, MASKED: tl.constexpr):
+    """Words of U neighbouring tiles from ``first`` on, which begin at ``start``; zero past the last column tile."""
     loaded = ()
     for u in tl.static_range(U):
-        block = first + u
-        inside = (block < blocks)[:, None]
-        if KIND == BYTES:
-            pointer = words + ((row_tile * blocks + block) * 256 + lane * 4)[:, None] + j
-            for half in tl.static_range(2):
-                if EVEN:
-                    loaded = loaded + (tl.load(pointer + half * 128, eviction_policy="evict_first"),)
-                else:
-                    loaded = loaded + (tl.load(pointer + half * 128, mask=inside, other=0, eviction_policy="evict_first"),)
-        else:
-            pointer = words + ((row_tile * blocks + block) * 128 + lane * 4)[:, None] + j
-            if EVEN:
-                loaded = loaded + (tl.load(pointer, eviction_policy="evict_first"),)
+        for half in tl.static_range(2 if KIND == BYTES else 1):
+            pointer = start + (u * (256 if KIND == BYTES else 128) + half * 128)
+            if MASKED:
+                loaded = loaded + (tl.load(pointer, mask=(first + u < blocks)[:, None], other=0, eviction_policy="evict_first"),)
             else:
-                loaded = loaded + (tl.load(pointer, mask=inside, other=0, eviction_policy="evict_first"),)
+                loaded = loaded + (tl.load(pointer, eviction_policy="evict_first"),)
     return loaded
 
 
 @triton.jit
-def load_rest(
-    x, norm, scales, zeros, row_tile, first, blocks, g, t,
-    KIND: tl.constexpr, SCALE: tl.constexpr, TILES_A_GROUP: tl.constexpr, ZEROS: tl.constexpr, NORM: tl.constexpr, U: tl.constexpr,
-):  # fmt: skip
-    """Second operands of the U tiles and their norm's weights (two halves each), scales and zeros of the two tiles that the thread sums."""
+def load_columns(values, first, blocks, g, t, U: tl.constexpr):
+    """Second operands of U neighbouring tiles, in two halves: from the activations, or the norm's weight."""
     j = tl.arange(0, 4)[None, :]
     inside = (g < U) & (first + g < blocks)
     at = tl.where(inside, (first + g) * 32 + t * 4, 0)[:, None] + j
-    halves = (tl.load(x + at, mask=inside[:, None], other=0), tl.load(x + at + 16, mask=inside[:, None], other=0))
-    if NORM:
-        halves = halves + (tl.load(norm + at, mask=inside[:, None], other=0), tl.load(norm + at + 16, mask=inside[:, None], other=0))
+    return tl.load(values + at, mask=inside[:, None], other=0), tl.load(values + at + 16, mask=inside[:, None], other=0)
+
+
+@triton.jit
+def load_groups(
+    scales, zeros, row_tile, first, blocks, g, t,
+    KIND: tl.constexpr, SCALE: tl.constexpr, TILES_A_GROUP: tl.constexpr, ZEROS: tl.constexpr,
+):  # fmt: skip
+    """Scales and zeros of the two tiles that the thread sums, 2 t and 2 t + 1, rows g and g + 8 side by side."""
     factors = ()
     offsets = ()
     if KIND != BYTES:
         for p in tl.static_range(2):
-            # of the tiles 2 t and 2 t + 1, rows g and g + 8 side by side
             tile = tl.minimum(first + t * 2 + p, blocks - 1)
             group = (row_tile * (blocks // TILES_A_GROUP) + tile // TILES_A_GROUP) * 8 + g
             if SCALE == FP32:
@@ -69,7 +62,7 @@ def load_rest(
                 factors = factors + (tl.load(scales + group),)
             if ZEROS:
                 offsets = offsets + (tl.load(zeros + group),)
-    return halves, factors, offsets
+    return factors, offsets
 
 
 @triton.jit
@@ -88,6 +81,33 @@ def spread(loaded, j, SCALE: tl.constexpr):
         else:
             factors = tl.where(j < 2, both, both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return factors
+
+
+@triton.jit
+def normalized(halves, norms, squares, TIMES: tl.constexpr):
+    """Activations times the norm's weights, and the sums of their squares so far: what they are divided by is the same for all."""
+    for half in tl.static_range(2):
+        first = (halves[half] << 16).to(tl.float32, bitcast=True)
+        second = (halves[half] & -65536).to(tl.float32, bitcast=True)
+        squares += first * first + second * second
+    low = tl.inline_asm_elementwise(TIMES, "=r,r,r", [halves[0], norms[0]], dtype=tl.int32, is_pure=True, pack=1)
+    high = tl.inline_asm_elementwise(TIMES, "=r,r,r", [halves[1], norms[1]], dtype=tl.int32, is_pure=True, pack=1)
+    return low, high, squares
+
+
+@triton.jit
+def zeros_of(offsets, low, high, j, MULTIPLY: tl.constexpr, MULTIPLY_REGISTERS: tl.constexpr, MAGIC, ONES, ZEROS: tl.constexpr):
+    """What integers plus a power of two multiplied too much: the sums of the tiles' activations times power and zero."""
+    ones = tl.full((low.shape[0], 4), ONES, tl.int32)
+    sums = tl.inline_asm_elementwise(
+        MULTIPLY, MULTIPLY_REGISTERS, (ones, ones, ones, ones, low, high), dtype=tl.float32, is_pure=True, pack=4
+    )
+    if ZEROS:
+        codes = tl.where(j % 2 == 0, offsets[0][:, None], offsets[1][:, None]).to(tl.int32)
+        sums *= tl.where(j < 2, codes & 0xFF, codes >> 8 & 0xFF).to(tl.float32) + MAGIC
+    else:
+        sums *= MAGIC + 8
+    return sums
 
 
 @triton.jit(do_not_specialize=["rows", "row_tiles", "blocks", "inverse", "eps", "once"])
@@ -120,6 +140,7 @@ def weight_only_product_row(
     U: tl.constexpr,  # column tiles that a warp loads at once, at most 8
     STEPS: tl.constexpr,  # of WK * U column tiles
     EVEN: tl.constexpr,  # the columns divide into steps without a rest
+    EARLY: tl.constexpr,  # start before the kernel in front is done, and let the next do so: only weights may be read before the wait
     EXPAND: tl.constexpr,
     EXPAND_REGISTERS: tl.constexpr,
     MULTIPLY: tl.constexpr,
@@ -129,7 +150,8 @@ def weight_only_product_row(
     FILL: tl.constexpr,
     TIMES: tl.constexpr,
 ):
-    ROUNDS: tl.constexpr = 2 if WK * WM == 4 else 1
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     thread = tl.arange(0, WK * WM * 32)
     j = tl.arange(0, 4)[None, :]
     lane = thread % 32
@@ -146,81 +168,62 @@ def weight_only_product_row(
         tile = tl.program_id(0) * WM + wm
         row_tile = tl.program_id(0) * WM + warp // WK
     row_tile = tl.minimum(row_tile, row_tiles - 1)
-    loaded = load_words(words, row_tile, wk * U, blocks, lane, KIND, U, EVEN)
-    halves, factors, offsets = load_rest(
-        x, norm, scales, zeros, row_tile, wk * U, blocks, g, t, KIND, SCALE, TILES_A_GROUP, ZEROS, NORM, U
-    )  # fmt: skip
+    inside = tl.arange(0, 8)[None, :, None] + tl.arange(0, 2)[None, None, :] * 8
+    row = tile[:, None, None] * 16 + inside
+    if GATED:
+        place = (tl.program_id(0) * (WM // 2) + tl.arange(0, WM // 2))[:, None, None] * 16 + inside
+        places = rows // 2
+    else:
+        place = row
+        places = rows
+    TILE: tl.constexpr = 256 if KIND == BYTES else 128  # words of one
+    start = words + ((row_tile * blocks + wk * U) * TILE + lane * 4)[:, None] + j
+    loaded = load_words(start, wk * U, blocks, KIND, U, not EVEN)
+    factors, offsets = load_groups(scales, zeros, row_tile, wk * U, blocks, g, t, KIND, SCALE, TILES_A_GROUP, ZEROS)
+    if NORM:
+        norms = load_columns(norm, wk * U, blocks, g, t, U)
+    if not EARLY:
+        halves = load_columns(x, wk * U, blocks, g, t, U)
+    if KIND == BYTES:
+        factor = tl.load(scales + row // 16 * 16 + row % 8 * 2 + row % 16 // 8, mask=row < rows, other=0).to(tl.float32)
+    if BIAS:
+        added = tl.load(bias + row, mask=row < rows, other=0).to(tl.float32)
     if KIND == PERMUTE:
-        # every lane has its own copy: what is equal in all lanes is kept in uniform registers and fetched anew for each use
-        more = (
-            tl.load(table + lane)[:, None],
-            tl.load(table + 32 + lane)[:, None],
-            tl.load(table + 64 + lane)[:, None],
-            tl.load(table + 96 + lane)[:, None],
-            tl.load(table + 128 + lane)[:, None],
-            tl.load(table + 160 + lane)[:, None],
-            tl.load(table + 192 + lane)[:, None],
-            tl.load(table + 224 + lane)[:, None],
-        )
-    if KIND == PAIRS:
-        values = ()
-        for round in tl.static_range(ROUNDS):
-            values = values + (tl.load(table + (thread + round * (WK * WM * 32)) % 256),)
+        more = load_permuted(table, lane)
+    elif KIND == PAIRS:
+        pairs = load_pairs(table, thread, WK * WM * 32)
     # Loads don't move across barriers, nor arithmetic across branches. Else the assembler puts loads where their words are used.
     tl.debug_barrier()
     if KIND == PAIRS:
-        # 256 pairs, each in all 32 banks: a thread reads its own bank's copy and never meets another
-        base = tl.inline_asm_elementwise(
-            "{ .shared .align 128 .b8 pairs[32768]; mov.u32 $0, pairs; }", "=r,r", [rows], dtype=tl.int32, is_pure=False, pack=1
-        )
-        for round in tl.static_range(ROUNDS):
-            entry = (thread + round * (WK * WM * 32)) % 256
-            for chunk in tl.static_range(8):
-                where = base + entry * 128 + (entry + chunk) % 8 * 16
-                tl.inline_asm_elementwise(FILL, "=r,r,r", [where, values[round]], dtype=tl.int32, is_pure=False, pack=1)
-        tl.debug_barrier()
-        base = tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [base + lane * 4], dtype=tl.int32, is_pure=False, pack=1)
-        more = (base[:, None],)
+        more = (fill_pairs(pairs, thread, rows, WK * WM * 32, FILL),)
     elif KIND != PERMUTE:
         more = ()
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        halves = load_columns(x, wk * U, blocks, g, t, U)
+    if RESIDUAL:
+        rest = tl.load(residual + place, mask=place < places, other=0).to(tl.float32)
     total = tl.zeros((WK * WM * 32, 4), tl.float32)
     squares = tl.zeros((WK * WM * 32, 4), tl.float32)
     for step in range(STEPS):
         if STEPS > 1:
             following = (step + 1) * (WK * U) + wk * U
-            next = load_words(words, row_tile, following, blocks, lane, KIND, U, False)
-            next_rest = load_rest(
-                x, norm, scales, zeros, row_tile, following, blocks, g, t, KIND, SCALE, TILES_A_GROUP, ZEROS, NORM, U
+            start += WK * U * TILE
+            next = load_words(start, following, blocks, KIND, U, True)
+            next_factors, next_offsets = load_groups(
+                scales, zeros, row_tile, following, blocks, g, t, KIND, SCALE, TILES_A_GROUP, ZEROS
             )  # fmt: skip
+            next_halves = load_columns(x, following, blocks, g, t, U)
+            if NORM:
+                next_norms = load_columns(norm, following, blocks, g, t, U)
         if once != 0:
             low = halves[0]
             high = halves[1]
             if NORM:
-                for half in tl.static_range(2):
-                    first = (halves[half] << 16).to(tl.float32, bitcast=True)
-                    second = (halves[half] & -65536).to(tl.float32, bitcast=True)
-                    squares += first * first + second * second
-                low = tl.inline_asm_elementwise(TIMES, "=r,r,r", [low, halves[2]], dtype=tl.int32, is_pure=True, pack=1)
-                high = tl.inline_asm_elementwise(TIMES, "=r,r,r", [high, halves[3]], dtype=tl.int32, is_pure=True, pack=1)
+                low, high, squares = normalized(halves, norms, squares, TIMES)
             picked = tl.zeros((WK * WM * 32, 4), tl.float32)
             for u in tl.static_range(U):
-                if KIND == BYTES:
-                    first = tl.inline_asm_elementwise(
-                        EXPAND, EXPAND_REGISTERS, [loaded[2 * u]], dtype=(tl.int32, tl.int32), is_pure=True, pack=4
-                    )
-                    second = tl.inline_asm_elementwise(
-                        EXPAND, EXPAND_REGISTERS, [loaded[2 * u + 1]], dtype=(tl.int32, tl.int32), is_pure=True, pack=4
-                    )
-                    expanded = first + second
-                else:
-                    expanded = tl.inline_asm_elementwise(
-                        EXPAND,
-                        EXPAND_REGISTERS,
-                        (loaded[u],) + more,
-                        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-                        is_pure=True,
-                        pack=4,
-                    )
+                expanded = expand(loaded, u, more, KIND, EXPAND, EXPAND_REGISTERS)
                 part = tl.inline_asm_elementwise(
                     MULTIPLY, MULTIPLY_REGISTERS, expanded + (low, high), dtype=tl.float32, is_pure=True, pack=4
                 )  # fmt: skip
@@ -229,34 +232,30 @@ def weight_only_product_row(
                 total += picked
             else:
                 if KIND == BIASED:
-                    ones = tl.full((WK * WM * 32, 4), ONES, tl.int32)
-                    sums = tl.inline_asm_elementwise(
-                        MULTIPLY, MULTIPLY_REGISTERS, (ones, ones, ones, ones, low, high), dtype=tl.float32, is_pure=True, pack=4
-                    )
-                    if ZEROS:
-                        codes = tl.where(j % 2 == 0, offsets[0][:, None], offsets[1][:, None]).to(tl.int32)
-                        picked -= sums * (tl.where(j < 2, codes & 0xFF, codes >> 8 & 0xFF).to(tl.float32) + MAGIC)
-                    else:
-                        picked -= sums * (MAGIC + 8)
+                    picked -= zeros_of(offsets, low, high, j, MULTIPLY, MULTIPLY_REGISTERS, MAGIC, ONES, ZEROS)
                 total += picked * spread(factors, j, SCALE)
         if STEPS > 1:
             loaded = next
-            halves, factors, offsets = next_rest
-    result = tl.sum(tl.sum(tl.sum(tl.reshape(total, (WM, WK, 8, 4, 2, 2)), axis=5), axis=3), axis=1) * inverse  # WM, g, half
-    inside = tl.arange(0, 8)[None, :, None] + tl.arange(0, 2)[None, None, :] * 8
-    row = tile[:, None, None] * 16 + inside
+            factors = next_factors
+            offsets = next_offsets
+            halves = next_halves
+            if NORM:
+                norms = next_norms
+    total = tl.sum(tl.reshape(total, (WM, WK, 8, 4, 2, 2)), axis=5)
+    if NORM:  # both sums in one go: each has to wait for all warps
+        squares = tl.sum(tl.reshape(squares, (WM, WK, 8, 4, 2, 2)), axis=5)
+        result, square = tl.split(tl.sum(tl.sum(tl.join(total, squares), axis=3), axis=1))
+        mean = tl.sum(tl.sum(square, axis=2), axis=1) / (blocks * 64)
+        result *= inverse * tl.rsqrt(mean + eps)[:, None, None]
+    else:
+        result = tl.sum(tl.sum(total, axis=3), axis=1) * inverse  # WM, g, half
     if KIND == BYTES:
-        result *= tl.load(scales + row // 16 * 16 + row % 8 * 2 + row % 16 // 8, mask=row < rows, other=0).to(tl.float32)
-    if NORM:
-        mean = tl.sum(tl.reshape(squares, (WM, WK * 128)), axis=1) / (blocks * 64)
-        result *= tl.rsqrt(mean + eps)[:, None, None]
+        result *= factor
     if BIAS:
-        result += tl.load(bias + row, mask=row < rows, other=0).to(tl.float32)
+        result += added
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(result, (WM // 2, 2, 8, 2)), (0, 2, 3, 1)))
         result = gate / (1 + tl.exp(-gate)) * up
-        row = (tl.program_id(0) * (WM // 2) + tl.arange(0, WM // 2))[:, None, None] * 16 + inside
-        rows = rows // 2
     if RESIDUAL:
-        result += tl.load(residual + row, mask=row < rows, other=0).to(tl.float32)
-    tl.store(out + row, result.to(out.dtype.element_ty), mask=row < rows)
+        result += rest
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=place < places)

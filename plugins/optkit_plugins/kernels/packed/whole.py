@@ -57,5 +57,5 @@ def _arguments(packed: Packed) -> tuple[torch.Tensor, ...]:
 
 
 def _constants(packed: Packed) -> dict[str, int | bool]:
-    kind = 0 if packed.format in TABLES else 2 if packed.format == "int8" else 1
+    kind = 0 if packed.format in TABLES else {"int4": 1, "int8": 2, "fp8": 3}[packed.format]
     return {"KIND": kind, "TILES_A_GROUP": packed.group // TILE_COLUMNS, "ZEROS": packed.zeros is not None}

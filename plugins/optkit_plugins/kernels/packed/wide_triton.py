@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optkit_plugins.kernels.packed.assembly import AFFINE, BF16, BYTES, FP32, NAMED, PERMUTE
+from optkit_plugins.kernels.packed.assembly import AFFINE, BF16, BYTES, FLOATS, FP32, NAMED, PERMUTE
+from optkit_plugins.kernels.packed.plain import float8
 
 
 @triton.jit
@@ -74,20 +75,24 @@ def expand_tile(
     TILES_A_GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    SCALED: tl.constexpr,  # the assembly multiplies with the scales too
     EXPAND: tl.constexpr,
     EXPAND_REGISTERS: tl.constexpr,
     RT: tl.constexpr,
+    B: tl.constexpr,
     ORDERED: tl.constexpr,
 ):
-    """RT row tiles of one column tile, (RT * 16, 64) in ``dtype``, without the rows' scales for 8 bits.
+    """RT row tiles of B column tiles, (RT * 16, B * 64) in ``dtype``, without the rows' scales for 8 bits.
 
-    :param lookup: what ``tables`` gave.
+    :param lookup: what ``tables`` gave. :param block: the first column tile.
     :param ORDERED: columns as they are; else in the order of ``columns_of``, in which no thread needs another's values for a product.
     """
-    lane = tl.arange(0, 32)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    if KIND == BYTES:
-        at = ((tile * blocks + block) * 256)[:, None, None, None] + tl.arange(0, 2)[None, :, None, None] * 128 + lane[:, None, :, :]
-        word = tl.load(words + at)  # tile, j1, thread, word
+    column_tile = block + tl.arange(0, B)[None, :]
+    place = tl.reshape(tile[:, None] * blocks + column_tile, (RT * B, 1))
+    # words as one dimension, since Triton would read of several tiles at once from several dimensions, with gaps between
+    if KIND >= BYTES:
+        word = tl.load(words + place * 256 + tl.arange(0, 256)[None, :])
+        word = tl.reshape(word, (RT * B, 2, 32, 4))  # tile, j1, thread, word
         if ASSEMBLY:
             first, second = tl.inline_asm_elementwise(
                 EXPAND, EXPAND_REGISTERS, [word], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
@@ -96,28 +101,33 @@ def expand_tile(
         else:
             e = tl.arange(0, 4)[None, None, None, None, :]
             byte = word[:, :, :, :, None] >> (e % 2 * 2 + e // 2) * 8 & 0xFF
-            value = ((byte ^ 128) - 128).to(dtype)
-        value = tl.reshape(value, (RT, 2, 8, 4, 2, 2, 2, 2))  # tile, j1, g, t, j0, half, c1, c0
-        value = tl.permute(value, (0, 5, 2, 1, 3, 4, 6, 7) if ORDERED else (0, 5, 2, 1, 4, 6, 3, 7))
-        return tl.reshape(value, (RT * 16, 64))
-    word = tl.load(words + ((tile * blocks + block) * 128)[:, None, None] + lane)  # tile, thread, word
-    group = tile * (blocks // TILES_A_GROUP) + block // TILES_A_GROUP
+            value = (float8(byte) if KIND == FLOATS else (byte ^ 128) - 128).to(dtype)
+        value = tl.reshape(value, (RT, B, 2, 8, 4, 2, 2, 2, 2))  # tile, block, j1, g, t, j0, half, c1, c0
+        value = tl.permute(value, (0, 6, 3, 1, 2, 4, 5, 7, 8) if ORDERED else (0, 6, 3, 1, 2, 5, 7, 4, 8))
+        return tl.reshape(value, (RT * 16, B * 64))
+    word = tl.reshape(tl.load(words + place * 128 + tl.arange(0, 128)[None, :]), (RT * B, 32, 4))  # tile, thread, word
+    group = tl.reshape(tile[:, None] * (blocks // TILES_A_GROUP) + column_tile // TILES_A_GROUP, (RT * B,))
     # in words of 32 bits, since smaller ones are not copied in the background
-    if SCALE == FP32:
+    if SCALED:
+        both = tl.load(scales + (group * 8)[:, None] + tl.arange(0, 8)[None, :])
+        both = tl.reshape(tl.broadcast_to(both[:, :, None, None], (RT * B, 8, 4, 4)), (RT * B, 32, 4))
+    elif SCALE == FP32:
         scale = tl.load(scales + (group * 16)[:, None, None] + tl.arange(0, 8)[None, :, None] * 2 + tl.arange(0, 2)[None, None, :])
     else:
         both = tl.load(scales + (group * 8)[:, None] + tl.arange(0, 8)[None, :])
         scale = halves(both, tl.bfloat16 if SCALE == BF16 else tl.float16)
-    scale = scale[:, :, None, None, None, :, None, None]
+    if not SCALED:
+        scale = scale[:, :, None, None, None, :, None, None]
     if KIND == AFFINE:
-        zero = 8 + tl.zeros((RT, 8, 2), tl.int32)
+        zero = 8 + tl.zeros((RT * B, 8, 2), tl.int32)
         if ZEROS:
             four = tl.load(zeros + (group * 4)[:, None] + tl.arange(0, 4)[None, :])[:, :, None]
-            zero = tl.reshape(four >> tl.arange(0, 4)[None, None, :] * 8 & 0xFF, (RT, 8, 2))
+            zero = tl.reshape(four >> tl.arange(0, 4)[None, None, :] * 8 & 0xFF, (RT * B, 8, 2))
         zero = zero[:, :, None, None, None, :, None, None]
     if ASSEMBLY:
+        operands = (word,) + lookup + ((both,) if SCALED else ())
         p0, p1, p2, p3 = tl.inline_asm_elementwise(
-            EXPAND, EXPAND_REGISTERS, (word,) + lookup, dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+            EXPAND, EXPAND_REGISTERS, operands, dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
         )
         value = halves(tl.join(tl.join(p0, p1), tl.join(p2, p3)), dtype)
     else:
@@ -126,19 +136,21 @@ def expand_tile(
             value = tl.load(lookup[0] + (word[:, :, :, None] >> e * 4 & 15))
         else:
             value = (word[:, :, :, None] >> (e % 2 * 4 + e // 2 % 2 * 2 + e // 4) * 4 & 15).to(dtype)
-    value = tl.reshape(value, (RT, 8, 4, 2, 2, 2, 2, 2))  # tile, g, t, j1, j0, half, c1, c0
+    value = tl.reshape(value, (RT * B, 8, 4, 2, 2, 2, 2, 2))  # tile, g, t, j1, j0, half, c1, c0
     if KIND == AFFINE:
         # the assembly's integers have a power of two added
         value -= (zero + ((128 if dtype == tl.bfloat16 else 1024) if ASSEMBLY else 0)).to(dtype)
-    value = (value * scale).to(dtype)
-    value = tl.permute(value, (0, 5, 1, 3, 2, 4, 6, 7) if ORDERED else (0, 5, 1, 3, 4, 6, 2, 7))
-    return tl.reshape(value, (RT * 16, 64))
+    if not SCALED:
+        value = (value * scale).to(dtype)
+    value = tl.reshape(value, (RT, B, 8, 4, 2, 2, 2, 2, 2))
+    value = tl.permute(value, (0, 6, 2, 1, 4, 3, 5, 7, 8) if ORDERED else (0, 6, 2, 1, 4, 5, 7, 3, 8))
+    return tl.reshape(value, (RT * 16, B * 64))
 
 
 @triton.jit
-def columns_of():
-    """Column of a tile that is multiplied k-th. ``mma`` gives a thread columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9; it holds 4 neighbours."""
-    k = tl.arange(0, 64)
+def columns_of(B: tl.constexpr):
+    """Column of B tiles that is multiplied k-th. ``mma`` gives a thread columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9; it holds 4 neighbours."""
+    k = tl.arange(0, 64 * B)
     column = k // 32 * 32 + k % 8 // 2 * 8 + k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
     return tl.max_contiguous(tl.multiple_of(column, 2), 2)  # pairs can be copied in the background
 
@@ -164,35 +176,50 @@ def weight_only_product_wide(
     ZEROS: tl.constexpr,
     BIAS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    SCALED: tl.constexpr,
     EXPAND: tl.constexpr,
     EXPAND_REGISTERS: tl.constexpr,
     RT: tl.constexpr,  # row tiles a program
     TOKENS: tl.constexpr,  # activations a program
     STEPS: tl.constexpr,  # the same where it has to be known beforehand (the interpreter under numpy 2.4), else 0
-    STAGES: tl.constexpr,  # column tiles under way
+    STAGES: tl.constexpr,  # steps under way
+    BLOCKS: tl.constexpr,  # column tiles a step; divides the share
     WARPS: tl.constexpr,
+    READY: tl.constexpr,  # x is in the order of ``columns_of``
+    EARLY: tl.constexpr,  # the kernel may start before the one in front of it is done
+    NEXT_EARLY: tl.constexpr,  # and lets the next do so: not one with programs so large that they had to share multiprocessors unevenly
     FILL: tl.constexpr,
     SHARED_PAIRS: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """``x`` times the weight's transpose."""
+    if NEXT_EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     first = tl.program_id(0) * RT
     # rows past the end are computed with the last tile's weights, and tokens past the batch with the last one; neither is stored
     tile = tl.minimum(first + tl.arange(0, RT), row_tiles - 1)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    activation = x + tl.minimum(token, batch - 1)[None, :] * (blocks * 64) + columns_of()[:, None]
+    column = tl.arange(0, 64 * BLOCKS) if READY else columns_of(BLOCKS)
+    activation = x + tl.minimum(token, batch - 1)[None, :] * (blocks * 64) + column[:, None]
     start = tl.program_id(2) * share
     lookup = tables(table, blocks, KIND, ASSEMBLY, FILL, SHARED_PAIRS, WARPS)
     total = tl.zeros((RT * 16, TOKENS), tl.float32)
-    for step in tl.range(0, STEPS if STEPS > 0 else share, num_stages=STAGES):
+    tl.assume(share > 0)
+    for step in tl.range(0, STEPS if STEPS > 0 else share, BLOCKS, num_stages=STAGES):
         block = start + step
         weight = expand_tile(
             words, scales, zeros, lookup, tile, block, blocks, x.dtype.element_ty,
-            KIND, SCALE, TILES_A_GROUP, ZEROS, ASSEMBLY, EXPAND, EXPAND_REGISTERS, RT, False,
+            KIND, SCALE, TILES_A_GROUP, ZEROS, ASSEMBLY, SCALED, EXPAND, EXPAND_REGISTERS, RT, BLOCKS, False,
         )  # fmt: skip
         total = tl.dot(weight, tl.load(activation + block * 64), total)
+        if ASSEMBLY and WAIT != "":
+            # Triton up to 3.6 lets the next weights into registers that products under way may still have to read
+            tl.inline_asm_elementwise(WAIT, "=r,r", [step], dtype=tl.int32, is_pure=False, pack=1)
     total *= inverse
     row = first * 16 + tl.arange(0, RT * 16)
-    if KIND == BYTES:
+    if KIND >= BYTES:
         scale = tl.load(scales + row // 16 * 16 + row % 8 * 2 + row % 16 // 8, mask=row < rows, other=0)
         total *= scale.to(tl.float32)[:, None]
     if BIAS:
@@ -203,11 +230,22 @@ def weight_only_product_wide(
     )
 
 
+@triton.jit
+def weight_only_order(x, out, blocks, TILES: tl.constexpr, EARLY: tl.constexpr):
+    """``x`` (batch, columns) in the order of ``columns_of``. One program for TILES column tiles of one activation."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    tile = tl.program_id(1) * TILES + tl.arange(0, TILES)[:, None]
+    first = tl.program_id(0) * (blocks * 64) + tile * 64
+    value = tl.load(x + first + columns_of(1)[None, :], mask=tile < blocks)
+    tl.store(out + first + tl.arange(0, 64)[None, :], value, mask=tile < blocks)
+
+
 @triton.jit(do_not_specialize=["inverse"])
 def weight_only_expand(
     words, scales, zeros, table, out, rows, row_tiles, blocks, inverse,
     KIND: tl.constexpr, SCALE: tl.constexpr, TILES_A_GROUP: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr,
-    EXPAND: tl.constexpr, EXPAND_REGISTERS: tl.constexpr, RT: tl.constexpr,
+    SCALED: tl.constexpr, EXPAND: tl.constexpr, EXPAND_REGISTERS: tl.constexpr, RT: tl.constexpr,
 ):  # fmt: skip
     """The weight, (rows, columns). One program for RT row tiles of one column tile."""
     first = tl.program_id(0) * RT
@@ -228,13 +266,15 @@ def weight_only_expand(
         TILES_A_GROUP,
         ZEROS,
         ASSEMBLY,
+        SCALED,
         EXPAND,
         EXPAND_REGISTERS,
         RT,
+        1,
         True,
     )
     row = (first * 16 + tl.arange(0, RT * 16))[:, None]
-    if KIND == BYTES:
+    if KIND >= BYTES:
         scale = tl.load(scales + row // 16 * 16 + row % 8 * 2 + row % 16 // 8, mask=row < rows, other=0)
         weight = (weight * scale.to(tl.float32)).to(dtype)
     elif ASSEMBLY:
