@@ -20,8 +20,6 @@ from optkit.trial import TrialFailed, TrialProcess, TrialServer
 
 TARGET = "optkit.runner:main"
 SAME = "A′"
-#: A host whose slowest moment is slower than its fastest by more than this factor is told of.
-STEADY_HOST = 1.25
 
 
 @dataclass
@@ -269,14 +267,3 @@ def host_seconds(comparison: Comparison) -> dict[str, float] | None:
     """What a fixed piece of Python took behind the timed units, on a GPU: the fastest and the slowest moment of the host."""
     seen = [seconds for arm in comparison.everyone() for seconds in arm.hosts]
     return {"fastest": min(seen), "slowest": max(seen)} if seen else None
-
-
-def unsteady_host(seconds: dict[str, float] | None) -> str:
-    """What to say of a host whose speed changed, in one line; nothing of a steady one."""
-    if seconds is None or seconds["slowest"] <= STEADY_HOST * seconds["fastest"]:
-        return ""
-    return (
-        f"the host's speed changed while this was measured: a fixed piece of Python took {1000 * seconds['fastest']:.1f} to "
-        f"{1000 * seconds['slowest']:.1f} ms. What waits for Python, as generate on a GPU does, changed with it, and so did speed-ups over "
-        "it: other work on this host or its neighbours, probably; repeat when it is quiet"
-    )

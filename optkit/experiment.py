@@ -154,8 +154,6 @@ class Experiment:
             assert record is not None
             return dict(record)
         row = self._record(comparison, started) | {"busy_cores": servers.busy, "host_seconds": compare.host_seconds(comparison)}
-        if line := compare.unsteady_host(row["host_seconds"]):
-            self.request.warn(line)
         fault: OptkitError | None = None
         try:
             self._add_quality(row)

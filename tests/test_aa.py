@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from optkit import measure
-from optkit.compare import Arm, Comparison, Protocol, host_seconds, noise, unsteady_host
+from optkit.compare import Arm, Comparison, Protocol, host_seconds, noise
 from optkit.experiment import protocol_of
+from optkit.report.rows import host_note
 from optkit.request import Request, prepare
 from optkit.runner import Runner
 from optkit.stats import SpeedUp, speed_up
@@ -206,9 +207,9 @@ def test_a_host_whose_speed_changes_is_told_of(answers: list[float | None], told
     monkeypatch.setattr(Process, "start", with_host)
     seconds = host_seconds(run_on(Machine(QUIET, {}, 12, seed=0), 2, 0))
     assert seconds == (None if None in answers else {"fastest": answers[0], "slowest": answers[1]})
-    line = unsteady_host(seconds)
-    assert bool(line) == told
-    assert not told or ("1.6 to 3.3 ms" in line and "generate on a GPU" in line)
+    notes = host_note(seconds)
+    assert bool(notes) == told
+    assert not told or ("1.6 to 3.3 ms" in notes[0] and "generate on a GPU" in notes[0])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,9 @@ from typing import Any
 from optkit.machine import QUIET_CORES
 from optkit.report.text import megabytes, number, percent, signed
 
+#: A host whose slowest moment is slower than its fastest by more than this factor is told of.
+STEADY_HOST = 1.25
+
 Record = dict[str, Any]
 
 COLUMNS = (
@@ -142,12 +145,23 @@ def footnotes(record: Record) -> list[str]:
             f"others kept up to {max(crowded):.1f} cores busy in {len(crowded)} of {len(record['busy_cores'])} rounds: threads slept while waiting "
             "there (OMP_WAIT_POLICY=passive), and times are longer than on a quiet machine"
         )
-    notes += cold_note(record)
+    notes += host_note(record.get("host_seconds")) + cold_note(record)
     quality = record["arms"][0].get("quality", {})
     counts = {name: value["n"] for name, value in quality.items() if "n" in value}
     if counts:
         notes.append(", ".join(f"{name.replace('_', ' ')} over {n} samples" for name, n in counts.items()) + "; * beyond chance (p < 0.05)")
     return notes
+
+
+def host_note(seconds: dict[str, float] | None) -> list[str]:
+    """That the host's own speed changed while it waited for a GPU, if it did. :param seconds: ``fastest`` and ``slowest``, of the same work."""
+    if seconds is None or seconds["slowest"] <= STEADY_HOST * seconds["fastest"]:
+        return []
+    return [
+        f"the host's speed changed while this was measured: a fixed piece of Python took {1000 * seconds['fastest']:.1f} to "
+        f"{1000 * seconds['slowest']:.1f} ms. What waits for Python, as generate on a GPU does, changed with it, and so did speed-ups over "
+        "it: other work on this host or its neighbours, probably; repeat when it is quiet"
+    ]
 
 
 def cold_note(record: Record) -> list[str]:
