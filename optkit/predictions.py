@@ -79,7 +79,8 @@ def _diverge(session: Session, sample: Sample, row: dict[str, Any], reference: d
         top = rows.topk(min(DIVERGENCE_TOP, rows.shape[1]))
         row["path"] = path
         row["top"] = [
-            [ids, [round(value, 5) for value in values]] for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            [ids, [float(f"{value:.9g}") for value in values]]  # all that float32 holds: rounded more, equal models would seem to differ
+            for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
     else:
         row["kl"] = divergence(reference[sample.digest]["top"], rows)
