@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
+from optkit_plugins.kernels.device import starts_early
 from optkit_plugins.kernels.fused.projections import fuse_projections
 from optkit_plugins.kernels.packed import formats
-from optkit_plugins.kernels.packed.launch import Fused, product, starts_early
+from optkit_plugins.kernels.packed.launch import Fused, product
 from optkit_plugins.kernels.packed.linear import WeightOnlyLinear
 from optkit_plugins.kernels.packed.variants import MANY, Few, Row, Wide, choose
 from optkit_plugins.kernels.packed.whole import expand, plain_expand

@@ -7,7 +7,6 @@ whole row under way at once, loses less. Only in compiled steps: outside of a CU
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,14 +14,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from optkit_plugins.kernels.attention.decode import power_of_two, runs_on
+from optkit_plugins.kernels.device import starts_early
 from optkit_plugins.kernels.fused.product import count, plain_fused, register
 
 #: Columns that a program reads at once: the wide block where it divides them.
 BLOCK, WIDE = 2048, 4096
 #: Weights below this many bytes stay with the library: their product is over before it matters.
 FEWEST_BYTES = 1 << 20
-#: First compute capability whose kernels can start while the one before still runs (programmatic dependent launch).
-EARLY_CAPABILITY = (9, 0)
 
 
 @torch.library.custom_op("optkit::matvec", mutates_args=())
@@ -121,12 +119,6 @@ def launch(
         **({"launch_pdl": True} if early else {}),
     )
     return out
-
-
-@lru_cache
-def starts_early(device: torch.device) -> bool:
-    """Whether kernels on this device can start while the one before them still runs."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= EARLY_CAPABILITY
 
 
 class MatvecPass(CustomGraphPass):

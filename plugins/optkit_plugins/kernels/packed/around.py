@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from optkit_plugins.kernels.packed.device import starts_early
+from optkit_plugins.kernels.device import starts_early
 from optkit_plugins.kernels.packed.formats import TILE_COLUMNS
 
 #: Column tiles of one activation that a program brings into order.

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from optkit_plugins.kernels.device import ROOMY_SHARED, most_shared, multiplies_in_background, starts_early
 from optkit_plugins.kernels.packed.around import add_up, order
-from optkit_plugins.kernels.packed.device import ROOMY_SHARED, most_shared, multiplies_in_background, starts_early
 from optkit_plugins.kernels.packed.formats import TILE_COLUMNS, Packed
 from optkit_plugins.kernels.packed.lookup import lookup
 from optkit_plugins.kernels.packed.tables import TABLES, lookup_table

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from optkit_plugins.kernels.device import starts_early
 from optkit_plugins.kernels.fused import product as fused_product
 from optkit_plugins.kernels.packed import formats
-from optkit_plugins.kernels.packed.device import starts_early
 from optkit_plugins.kernels.packed.formats import FORMATS, Packed, dequantize, pack, pack_nf4, why_not
 from optkit_plugins.kernels.packed.variants import FUSED_BATCH, VERY_MANY
 

@@ -1,4 +1,4 @@
-"""What the kernels for packed weights have to know of a GPU."""
+"""What kernels have to know of a GPU."""
 
 from __future__ import annotations
 
