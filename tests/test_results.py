@@ -155,3 +155,14 @@ def test_weight_kernels():
     for name, format in (("NF4", "nf4"), ("int8", "int8"), ("int4 in groups of 64", "int4")):
         found = [f"{whole / layer(format, batch):.2f}" for whole, batch in zip(bf16, batches, strict=True)]
         assert [cell for cell in cells(f"{name}, times bf16") if cell != "–"] == (found if format == "nf4" else found[:3] + found[4:])
+
+
+def test_fp8_beside_int8():
+    rows = [row for row in raw("fp8_h200.json")["rows"] if row["shape"] in ("gate_up", "down", "qkv", "o")]
+
+    def layer(format: str, batch: int) -> float:
+        return sum(row["us"] for row in rows if (row["format"], row["batch"]) == (format, batch))
+
+    one, many = (layer("fp8", batch) / layer("int8", batch) for batch in (1, 16))
+    page = (ROOT / "docs" / "techniques" / "fp8.md").read_text()
+    assert f"takes {one:.2f} times as long as for int8 with one token at a time and {many:.2f} times with 16" in page

@@ -188,7 +188,7 @@ def _row_call(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, varian
     step = variant.column_warps * variant.column_tiles
     constants = {
         **common(packed, bias is not None),
-        **_assembly(assembly.FLOATS.value if packed.format == "fp8" else kind, bfloat16, False),
+        **_assembly(packed, kind, bfloat16, False),
         "KIND": kind,
         "NORM": fused.norm_weight is not None,
         "RESIDUAL": fused.residual is not None,
@@ -224,7 +224,7 @@ def _few_call(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, varian
     share = blocks // variant.splits
     constants = {
         **common(packed, bias is not None and variant.splits == 1),
-        **_assembly(assembly.FLOATS.value if packed.format == "fp8" else kind, bfloat16, kind == assembly.BYTES.value),
+        **_assembly(packed, kind, bfloat16, kind == assembly.BYTES.value),
         "KIND": kind,
         "WK": variant.column_warps,
         "WM": variant.row_warps,
@@ -277,10 +277,12 @@ def common(packed: Packed, bias: bool) -> dict[str, Any]:
     return {"SCALE": scale, "TILES_A_GROUP": packed.group // TILE_COLUMNS, "ZEROS": packed.zeros is not None, "BIAS": bias}
 
 
-def _assembly(kind: int, bfloat16: bool, adds: bool) -> dict[str, str]:
+def _assembly(packed: Packed, kind: int, bfloat16: bool, adds: bool) -> dict[str, str]:
+    """Both assemblies of a kernel for ``kind``. Floats of 8 bits lie as integers do, and only their words are expanded in another way."""
     from optkit_plugins.kernels.packed import assembly
 
-    expand, expand_registers = assembly.expand_assembly(kind, bfloat16)
+    written = assembly.FLOATS.value if packed.format == "fp8" else kind
+    expand, expand_registers = assembly.expand_assembly(written, bfloat16)
     multiply, multiply_registers = assembly.multiply_assembly(bfloat16, adds)
     return {
         "EXPAND": expand, "EXPAND_REGISTERS": expand_registers, "MULTIPLY": multiply, "MULTIPLY_REGISTERS": multiply_registers,
